@@ -1,0 +1,50 @@
+"""Checks of static arguments: a `ValueError` naming the argument and its value, before training starts.
+
+Traced values (from `optax.inject_hyperparams`, or a factory called inside jit) are let through: they
+are guarded where they are used.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, jax.Array | jax.core.Tracer)
+
+
+def positive(where: str, **arguments: Any) -> None:
+    """Every argument must be a finite number above 0."""
+    for name, value in arguments.items():
+        if _is_known(value) and not (_is_number(value) and value > 0):
+            raise ValueError(f"{where}: {name} must be a positive number, got {value!r}")
+
+
+def positive_int(where: str, **arguments: Any) -> None:
+    """Every argument must be an integer of at least 1."""
+    for name, value in arguments.items():
+        if _is_known(value) and not (_is_number(value) and value == int(value) and value >= 1):
+            raise ValueError(f"{where}: {name} must be a positive integer, got {value!r}")
+
+
+def between(where: str, low: float, high: float, *, closed: bool = False, **arguments: Any) -> None:
+    """Every argument must lie in [low, high), or in [low, high] with `closed`."""
+    for name, value in arguments.items():
+        inside = _is_known(value) and _is_number(value) and low <= value <= high
+        if _is_known(value) and not (inside and (closed or value < high)):
+            bracket = "]" if closed else ")"
+            raise ValueError(f"{where}: {name} must lie in [{low}, {high}{bracket}, got {value!r}")
+
+
+def one_of(where: str, choices: tuple[str, ...], **arguments: Any) -> None:
+    """Every argument must be one of `choices`."""
+    for name, value in arguments.items():
+        if value not in choices:
+            raise ValueError(f"{where}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool | str) and value is not None and math.isfinite(value)

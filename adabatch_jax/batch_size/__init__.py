@@ -1,0 +1,38 @@
+"""How many examples should the next step use?
+
+A criterion turns the noise of a gradient into a required batch size; `adapt_batch_size` keeps the next
+batch size in the optimizer state; `adaptive_multi_steps` gathers micro-batches until it is reached.
+
+* Criteria: `norm_test`, `coordinate_norm_test`, `inner_product_test`,
+  `augmented_inner_product_test`, `gradient_noise_scale`; `Criterion` and `Evidence` to write one.
+* `get_batch_size`, `has_updated` and `metrics` read any optimizer state that holds a controller.
+"""
+
+from adabatch_jax.batch_size._adapt import BatchSizeStatus, adapt_batch_size
+from adabatch_jax.batch_size._criteria import (
+    Criterion,
+    Evidence,
+    augmented_inner_product_test,
+    coordinate_norm_test,
+    gradient_noise_scale,
+    inner_product_test,
+    norm_test,
+)
+from adabatch_jax.batch_size._multi_steps import adaptive_multi_steps
+from adabatch_jax.batch_size._read import get_batch_size, has_updated, metrics
+
+__all__ = [
+    "BatchSizeStatus",
+    "Criterion",
+    "Evidence",
+    "adapt_batch_size",
+    "adaptive_multi_steps",
+    "augmented_inner_product_test",
+    "coordinate_norm_test",
+    "get_batch_size",
+    "gradient_noise_scale",
+    "has_updated",
+    "inner_product_test",
+    "metrics",
+    "norm_test",
+]

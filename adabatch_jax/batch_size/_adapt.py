@@ -1,0 +1,348 @@
+"""`adapt_batch_size`: the link of an optimizer chain that decides the next batch size."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adabatch_jax import _validate
+from adabatch_jax.batch_size._criteria import Criterion, Evidence, corrected
+from adabatch_jax.noise import GradientNoise
+from adabatch_jax.noise._clock import advance, as_int, zero_clock
+
+PyTree = Any
+_DISPLAY_DECAY = 0.9  # of the noise scale that `metrics` reports; no decision hangs on it
+
+
+class BatchSizeStatus(enum.IntEnum):
+    """What the last update did to the batch size, and why: `metrics(opt_state)["test_status"]`."""
+
+    NOT_TESTED = 0  # no update yet, or between two tests (`test_interval`)
+    PASSED = 1  # tested: the batch is large enough
+    CHANGED = 2  # tested: the batch size moved
+    HELD = 3  # `hold_batch_size=True`
+    AT_MAXIMUM = 4  # monotone and as large as it may get: the test is switched off
+    TOO_FEW_GROUPS = 5  # fewer than two groups: no variance
+    NOT_FINITE = 6  # NaN or inf in the gradient or its noise
+    ZERO_GRADIENT = 7  # nothing to compare the variance with
+
+
+class AdaptBatchSizeState(NamedTuple):
+    """State of `adapt_batch_size`; `evidence_ema` is () without smoothing."""
+
+    next_batch_size: jax.Array  # int32: examples of the next optimizer step
+    examples_clock: jax.Array  # uint32 [2]: examples used so far
+    updates_seen: jax.Array  # int32
+    evidence_ema: PyTree  # (numerator, denominator), not yet corrected for its start
+    evidence_weight: jax.Array  # float32: 1 − decay^tests
+    display_ema: jax.Array  # float32 [2]: tr Σ and the de-biased ‖∇F‖², for the noise scale
+    test_numerator: jax.Array  # float32: what the last test compared …
+    test_denominator: jax.Array  # float32: … with what
+    test_degrees_of_freedom: jax.Array  # int32: groups − 1
+    required_batch_size: jax.Array  # float32: what the last test asked for
+    test_status: jax.Array  # int32: BatchSizeStatus
+    skipped_tests: jax.Array  # int32: tests without usable evidence
+
+    def report_metrics(self) -> dict[str, Any]:
+        """The numbers that `adabatch.metrics` shows."""
+        trace, square = self.display_ema[0], self.display_ema[1]
+        tested = (self.test_status == BatchSizeStatus.PASSED) | (
+            self.test_status == BatchSizeStatus.CHANGED
+        )
+        seen = (trace > 0) | (square > 0)
+        scale = jnp.where(square > 0, trace / jnp.where(square > 0, square, 1.0), jnp.inf)
+        return {
+            "batch_size": self.next_batch_size,
+            "num_examples": as_int(self.examples_clock),
+            "noise_scale": jnp.where(seen, scale, jnp.nan),
+            "noise_numerator": jnp.where(tested, self.test_numerator, jnp.nan),
+            "noise_denominator": jnp.where(tested, self.test_denominator, jnp.nan),
+            "degrees_of_freedom": self.test_degrees_of_freedom,
+            "required_batch_size": jnp.where(tested, self.required_batch_size, jnp.nan),
+            "test_status": self.test_status,
+            "skipped_tests": self.skipped_tests,
+        }
+
+
+class _Tested(NamedTuple):
+    """The fields of the state that a test changes."""
+
+    next_batch_size: jax.Array
+    evidence_ema: PyTree
+    evidence_weight: jax.Array
+    display_ema: jax.Array
+    test_numerator: jax.Array
+    test_denominator: jax.Array
+    test_degrees_of_freedom: jax.Array
+    required_batch_size: jax.Array
+    test_status: jax.Array
+    skipped_tests: jax.Array
+
+
+def adapt_batch_size(
+    criterion: Criterion | Callable[[GradientNoise], Any],
+    *,
+    initial_batch_size: int,
+    max_batch_size: int,
+    min_batch_size: int = 1,
+    multiple_of: int = 1,
+    growth_limit: Any = None,
+    monotone: bool = True,
+    test_interval: int = 1,
+    smoothing: Any = None,
+    debias: bool = False,
+    dataset_size: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Decides the batch size of the next step from the noise of the present gradient.
+
+    With T the batch size that `criterion` requires, `b ← min(⌈max(T, b)⌉, max_batch_size)`, used from
+    the next step on. Updates pass through unchanged; read the size with `get_batch_size(opt_state)`.
+    The defaults are the test of the paper. Once a monotone batch is at its maximum the test is
+    switched off. Evidence that is NaN or inf, comes from fewer than two groups, or from a gradient
+    that is exactly zero never moves the batch: `metrics(opt_state)["test_status"]` says which
+    (`BatchSizeStatus`), and `skipped_tests` counts.
+
+    `update` reads `noise=` (a `GradientNoise`, measured before any clipping) and `hold_batch_size=`
+    (bool, may be traced: skip the test); other extra arguments are ignored.
+
+    Args:
+      criterion: a criterion such as `norm_test(0.5)`, or any function from `GradientNoise` to a
+        required batch size.
+      initial_batch_size: examples of the first step, over all devices.
+      max_batch_size: largest batch size, at most 2**30.
+      min_batch_size: smallest batch size; matters with `monotone=False`.
+      multiple_of: batch sizes are rounded up to a multiple of it, for instance micro-batch size ×
+        devices. Must divide `initial_batch_size` and `max_batch_size`.
+      growth_limit: largest factor (> 1) by which one test may enlarge the batch, before rounding up;
+        None: no limit.
+      monotone: whether the batch never shrinks. A monotone batch turns lucky estimates into growth;
+        with few groups prefer `smoothing` and `debias`.
+      test_interval: updates from one test to the next; in between nothing is computed.
+      smoothing: decay d in [0, 1) of an exponential average of numerator and denominator, each by
+        itself; None: every test stands alone. An average of the *biased* denominator can never ask
+        for growth at η ≥ 1: use it together with `debias`.
+      debias: compare with ‖ḡ‖² − tr Σ / b, an unbiased estimate of ‖∇F‖², instead of ‖ḡ‖². T is then
+        the noise scale over η² at any batch size, but heavy-tailed: use it together with `smoothing`.
+        Where the estimate is not positive no size is large enough, and the batch grows by
+        `growth_limit`, or doubles.
+      dataset_size: number n of examples, sampled without replacement: variances get the factor
+        (n − b)/(n − 1). None: infinitely many.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. Under `optax.inject_hyperparams`, `growth_limit` and
+      `smoothing` may be injected; the static_args are criterion, initial_batch_size, max_batch_size,
+      min_batch_size, multiple_of, test_interval, dataset_size (and the two booleans).
+
+    Raises:
+      ValueError: sizes not positive or out of order; `multiple_of` does not divide them;
+        `growth_limit` ≤ 1; `smoothing` outside [0, 1); `debias` with a plain function as criterion;
+        at trace time, a missing `noise=`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from adabatch_jax import GradientNoise, get_batch_size, norm_test
+      >>> optimizer = optax.chain(
+      ...     adapt_batch_size(norm_test(0.5), initial_batch_size=16, max_batch_size=1024),
+      ...     optax.sgd(0.1))
+      >>> grad = jnp.array([3.0, 4.0])
+      >>> state = optimizer.init(grad)
+      >>> noise = GradientNoise(grad, scatter=jnp.array(7000.0), num_examples=jnp.array(16),
+      ...                       num_groups=jnp.array(8))  # tr Σ = 1000, ‖ḡ‖² = 25
+      >>> _, state = optimizer.update(grad, state, noise=noise)
+      >>> int(get_batch_size(state))
+      160
+
+    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, algorithm 1; smoothing, de-biasing and
+    `monotone=False` are ours.
+    """
+    criterion = _as_criterion(criterion, debias)
+    _check_sizes(initial_batch_size, max_batch_size, min_batch_size, multiple_of)
+    _validate.positive_int("adapt_batch_size", test_interval=test_interval)
+    if growth_limit is not None:
+        _validate.positive("adapt_batch_size", growth_limit=growth_limit)
+        if not isinstance(growth_limit, jax.Array | jax.core.Tracer) and growth_limit <= 1:
+            raise ValueError(f"adapt_batch_size: growth_limit must exceed 1, got {growth_limit!r}")
+    if smoothing is not None:
+        _validate.between("adapt_batch_size", 0.0, 1.0, smoothing=smoothing)
+    if dataset_size is not None:
+        _validate.positive_int("adapt_batch_size", dataset_size=dataset_size)
+
+    def init(params: PyTree) -> AdaptBatchSizeState:
+        # Known while tracing, so that a wrapper can check it against its micro-batch.
+        with jax.ensure_compile_time_eval():
+            first = jnp.asarray(initial_batch_size, jnp.int32)
+        zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+        return AdaptBatchSizeState(
+            next_batch_size=first,
+            examples_clock=zero_clock(),
+            updates_seen=none,
+            evidence_ema=() if smoothing is None else _zero_evidence(criterion, params),
+            evidence_weight=zero,
+            display_ema=jnp.zeros((2,), jnp.float32),
+            test_numerator=zero,
+            test_denominator=zero,
+            test_degrees_of_freedom=none,
+            required_batch_size=zero,
+            test_status=jnp.full((), BatchSizeStatus.NOT_TESTED, jnp.int32),
+            skipped_tests=none,
+        )
+
+    def next_size(batch_size: jax.Array, required: jax.Array) -> jax.Array:
+        size = batch_size.astype(jnp.float32)
+        limit = jnp.inf if growth_limit is None else growth_limit
+        beyond = 2.0 if growth_limit is None else growth_limit
+        factor = jnp.where(jnp.isinf(required), beyond, limit).astype(jnp.float32)
+        target = jnp.minimum(required, factor * size)
+        target = jnp.ceil(jnp.clip(target, min_batch_size, max_batch_size)).astype(jnp.int32)
+        target = target + (-target) % multiple_of
+        return jnp.maximum(target, batch_size) if monotone else target
+
+    def test(noise: GradientNoise, state: AdaptBatchSizeState) -> _Tested:
+        evidence = criterion.evidence(noise)
+        square = noise.squared_norm
+        examples = jnp.maximum(jnp.asarray(noise.num_examples).astype(jnp.float32), 1.0)
+        population = jnp.float32(1.0)
+        if dataset_size is not None:
+            left = jnp.maximum(dataset_size - examples, 0.0)
+            population = left / max(dataset_size - 1.0, 1.0)
+        new = corrected(criterion, evidence, noise, debias=debias, population=population)
+        finite = _all_finite((evidence, square, jnp.asarray(noise.scatter)))
+        enough = jnp.asarray(noise.num_groups) > 1
+        usable = enough & finite & (square > 0)
+
+        ema, weight = state.evidence_ema, state.evidence_weight
+        if smoothing is None:
+            averaged = new
+        else:
+            decay = jnp.asarray(smoothing, jnp.float32)
+            weight = jnp.where(usable, decay * weight + (1 - decay), weight)
+            blended = jax.tree.map(lambda e, x: decay * e + (1 - decay) * x, ema, new)
+            ema = jax.tree.map(lambda e, x: jnp.where(usable, x, e), ema, blended)
+            start = jnp.where(weight > 0, weight, 1.0)
+            averaged = jax.tree.map(lambda e: e / start, ema)
+        numerator, denominator = criterion.summarize(*averaged)
+        required = criterion.required(numerator, denominator)
+
+        size = state.next_batch_size
+        moved = jnp.where(usable, next_size(size, required), size)
+        shown = jnp.stack([noise.trace, square - population * noise.trace / examples])
+        keep = jnp.where(state.display_ema[0] > 0, _DISPLAY_DECAY, 0.0)
+        shown = keep * state.display_ema + (1 - keep) * shown
+        status = jnp.where(moved == size, BatchSizeStatus.PASSED, BatchSizeStatus.CHANGED)
+        status = jnp.where(square > 0, status, BatchSizeStatus.ZERO_GRADIENT)
+        status = jnp.where(finite, status, BatchSizeStatus.NOT_FINITE)
+        status = jnp.where(enough, status, BatchSizeStatus.TOO_FEW_GROUPS)
+
+        def kept(x: Any, old: jax.Array) -> jax.Array:
+            return jnp.where(usable, jnp.asarray(x).astype(old.dtype), old)
+
+        return _Tested(
+            next_batch_size=moved.astype(jnp.int32),
+            evidence_ema=ema,
+            evidence_weight=weight,
+            display_ema=kept(shown, state.display_ema),
+            test_numerator=kept(numerator, state.test_numerator),
+            test_denominator=kept(denominator, state.test_denominator),
+            test_degrees_of_freedom=kept(noise.num_groups - 1, state.test_degrees_of_freedom),
+            required_batch_size=kept(required, state.required_batch_size),
+            test_status=status.astype(jnp.int32),
+            skipped_tests=state.skipped_tests + jnp.where(usable, 0, 1).astype(jnp.int32),
+        )
+
+    def update(
+        updates: PyTree,
+        state: AdaptBatchSizeState,
+        params: PyTree | None = None,
+        *,
+        noise: GradientNoise | None = None,
+        hold_batch_size: Any = False,
+        **extra_args: Any,
+    ) -> tuple[PyTree, AdaptBatchSizeState]:
+        del params, extra_args
+        if noise is None:
+            raise ValueError(
+                "adapt_batch_size needs the noise of the gradient: call "
+                "optimizer.update(noise.mean, state, params, noise=noise) with noise from "
+                "value_and_grad_noise, or wrap the optimizer in adaptive_multi_steps"
+            )
+        hold = jnp.asarray(hold_batch_size).astype(bool)
+        due = state.updates_seen % test_interval == 0
+        full = (state.next_batch_size >= max_batch_size) & monotone
+
+        def skip(_: GradientNoise, state: AdaptBatchSizeState) -> _Tested:
+            status = jnp.where(due, BatchSizeStatus.HELD, BatchSizeStatus.NOT_TESTED)
+            status = jnp.where(full, BatchSizeStatus.AT_MAXIMUM, status)
+            unchanged = _Tested(*(getattr(state, name) for name in _Tested._fields))
+            return unchanged._replace(test_status=status.astype(jnp.int32))
+
+        tested = jax.lax.cond(due & ~hold & ~full, test, skip, noise, state)
+        return updates, state._replace(
+            examples_clock=advance(state.examples_clock, noise.num_examples),
+            updates_seen=optax.safe_increment(state.updates_seen),
+            **tested._asdict(),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _as_criterion(criterion: Any, debias: bool) -> Criterion:
+    if isinstance(criterion, Criterion):
+        return criterion
+    if not callable(criterion):
+        raise ValueError(f"adapt_batch_size: criterion must be a criterion, got {criterion!r}")
+    if debias:
+        raise ValueError(
+            "adapt_batch_size: debias=True needs a criterion with a denominator such as "
+            f"norm_test(eta), got the plain function {criterion!r}"
+        )
+    one, zero = jnp.ones, jnp.zeros
+    return Criterion(
+        getattr(criterion, "__name__", "criterion"),
+        lambda noise: Evidence(
+            jnp.asarray(criterion(noise)).astype(jnp.float32), one(()), zero(())
+        ),
+    )
+
+
+def _check_sizes(initial: Any, largest: Any, smallest: Any, multiple_of: Any) -> None:
+    sizes = dict(
+        initial_batch_size=initial,
+        max_batch_size=largest,
+        min_batch_size=smallest,
+        multiple_of=multiple_of,
+    )
+    _validate.positive_int("adapt_batch_size", **sizes)
+    if any(isinstance(x, jax.Array | jax.core.Tracer) for x in sizes.values()):
+        return
+    if not smallest <= initial <= largest <= 2**30:
+        raise ValueError(
+            "adapt_batch_size: need min_batch_size ≤ initial_batch_size ≤ max_batch_size ≤ 2**30, got "
+            f"{smallest}, {initial}, {largest}"
+        )
+    for name in ("initial_batch_size", "max_batch_size"):
+        if sizes[name] % multiple_of:
+            raise ValueError(
+                f"adapt_batch_size: multiple_of={multiple_of} does not divide {name}={sizes[name]}"
+            )
+
+
+def _zero_evidence(criterion: Criterion, params: PyTree) -> PyTree:
+    """Zeros of the shapes that the criterion's numerator and denominator have for these parameters."""
+
+    def trial(params: PyTree) -> tuple[PyTree, PyTree]:
+        zero = jnp.zeros((), jnp.float32)
+        noise = GradientNoise(
+            params, zero, 2, 2, jax.tree.map(lambda p: p.astype(jnp.float32), params), zero
+        )
+        return corrected(criterion, criterion.evidence(noise), noise)
+
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(trial, params))
+
+
+def _all_finite(tree: PyTree) -> jax.Array:
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]).all()

@@ -1,0 +1,49 @@
+"""Device axes: which values differ between devices, and how to say so to the type system.
+
+Inside `jax.shard_map` with its varying check on, the gradient of a parameter that is the same on all
+devices arrives already summed over them: every device then holds the same number, and the scatter
+between devices reads zero. Casting the parameters to "varying" before differentiating keeps the
+gradients apart. Under `jax.pmap`, and with the check off, there is nothing to cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+PyTree = Any
+AxisName = str | Sequence[str] | None
+
+
+def axis_tuple(axis_name: AxisName) -> tuple[str, ...]:
+    """`axis_name` as a tuple of names: None is the empty one."""
+    if axis_name is None:
+        return ()
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def varying_axes(tree: PyTree) -> frozenset[str]:
+    """The axes over which any leaf of `tree` is typed as varying; empty where nothing is checked."""
+    axes: frozenset[str] = frozenset()
+    for leaf in jax.tree.leaves(tree):
+        kind = getattr(jax.typeof(leaf), "manual_axis_type", None)
+        axes |= kind.varying if kind is not None else frozenset()
+    return axes
+
+
+def checked_axes(axis_name: AxisName) -> frozenset[str]:
+    """The axes among `axis_name` for which shard_map's varying check is on."""
+    return frozenset(a for a in axis_tuple(axis_name) if a in varying_axes(jax.lax.axis_index(a)))
+
+
+def to_varying(tree: PyTree, axes: Iterable[str]) -> PyTree:
+    """Casts every leaf to vary over `axes`, leaving alone the axes over which it already does."""
+    wanted = frozenset(axes)
+
+    def cast(x: Any) -> Any:
+        missing = tuple(sorted(wanted - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree) if wanted else tree

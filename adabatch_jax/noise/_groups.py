@@ -1,0 +1,91 @@
+"""Groups: how a batch is split, and how many examples each group holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def split_groups(batch: PyTree, num_groups: int) -> PyTree:
+    """Splits a batch into equal groups: [B, …] → [num_groups, B / num_groups, …], rows in order.
+
+    Args:
+      batch: pytree of arrays with one leading axis of B examples (typed PRNG keys included).
+      num_groups: number of groups, a Python int that divides B.
+
+    Returns:
+      A pytree of the same structure; group 0 holds the first B / num_groups rows.
+
+    Raises:
+      ValueError: `num_groups` is not positive, does not divide B, or the leaves disagree about B.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> split_groups(jnp.arange(6), 3).tolist()
+      [[0, 1], [2, 3], [4, 5]]
+    """
+    if num_groups < 1:
+        raise ValueError(f"split_groups: num_groups must be at least 1, got {num_groups}")
+    rows = {jnp.shape(x)[0] if jnp.ndim(x) else None for x in jax.tree.leaves(batch)}
+    if len(rows) != 1 or None in rows:
+        raise ValueError(
+            "split_groups: every leaf of batch needs the same leading axis, "
+            f"got lengths {sorted(map(str, rows))}"
+        )
+    (size,) = rows
+    if size % num_groups:
+        raise ValueError(f"split_groups: num_groups={num_groups} does not divide batch size {size}")
+    return jax.tree.map(
+        lambda x: x.reshape((num_groups, size // num_groups) + x.shape[1:]), batch
+    )
+
+
+def leading_shape(groups: PyTree, ndim: int) -> tuple[int, ...]:
+    """The first `ndim` axes, which all leaves of `groups` share: [num_groups] or [loops, lanes]."""
+    leaves = jax.tree.leaves(groups)
+    if not leaves:
+        raise ValueError("value_and_grad_noise: groups has no leaves")
+    shapes = {tuple(jnp.shape(x)[:ndim]) for x in leaves}
+    if len(shapes) != 1 or len(next(iter(shapes))) != ndim:
+        what = "[num_groups]" if ndim == 1 else "[num_loops, num_lanes]"
+        raise ValueError(
+            f"value_and_grad_noise: every leaf of groups needs the same leading axes {what}, "
+            f"got {sorted(shapes)}"
+        )
+    return shapes.pop()
+
+
+def group_sizes(groups: PyTree, sizes: Any, leading: tuple[int, ...]) -> jax.Array:
+    """Examples in each group, int32 of shape `leading`: as given, or the axis after the leading ones.
+
+    PRNG keys have no example axis and are passed over. Anything else without one is refused rather
+    than guessed at: a group of one example *without* its axis of length 1 would otherwise have its
+    features counted as examples.
+    """
+    if sizes is not None:
+        if jnp.shape(sizes) != leading:
+            raise ValueError(
+                f"value_and_grad_noise: sizes must have shape {leading}, got {jnp.shape(sizes)}"
+            )
+        return jnp.asarray(sizes).astype(jnp.int32)
+    ndim = len(leading)
+    shapes = [x.shape for x in map(jnp.asarray, jax.tree.leaves(groups)) if not _is_key(x, ndim)]
+    lengths = {s[ndim] if len(s) > ndim else None for s in shapes}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(
+            "value_and_grad_noise: the leaves of groups do not agree on a number of examples per "
+            f"group (shapes {shapes}): pass sizes=, an integer array of shape {leading}, "
+            "or give each group an axis of examples"
+        )
+    return jnp.full(leading, lengths.pop(), jnp.int32)
+
+
+def _is_key(x: jax.Array, ndim: int) -> bool:
+    """A typed PRNG key per group, or a raw one: uint32 pairs."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return True
+    return x.dtype == jnp.uint32 and x.shape[ndim:] == (2,)

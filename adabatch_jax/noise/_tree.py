@@ -1,0 +1,39 @@
+"""Small reductions over pytrees, in float32 whatever the dtype of the leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype in which statistics of `dtype` are kept: at least float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def widen(tree: PyTree) -> PyTree:
+    """Casts every leaf to at least float32."""
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(wide(jnp.asarray(x).dtype)), tree)
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Casts every leaf to the dtype of its partner in `like`."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
+
+
+def align(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """Gives `weight` the dtype of `x`, and trailing axes so that it broadcasts against `x`."""
+    return jnp.expand_dims(weight, range(weight.ndim, x.ndim)).astype(x.dtype)
+
+
+def squared_norm(tree: PyTree, batch_ndim: int = 0) -> jax.Array:
+    """‖tree‖² in float32, summed over all axes but the first `batch_ndim`."""
+    total = jnp.zeros((1,) * batch_ndim, jnp.float32)
+    for x in jax.tree.leaves(widen(tree)):
+        square = jnp.square(x)
+        total = total + jnp.sum(square, axis=range(batch_ndim, x.ndim)).astype(jnp.float32)
+    return total

@@ -1,0 +1,223 @@
+"""Ready-made recipes: AdaGrad and AdaGrad-Norm with a batch size that grows by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adabatch_jax import _validate
+from adabatch_jax.batch_size import Criterion, adapt_batch_size
+from adabatch_jax.learning_rate import scale_by_batch_size, scale_by_example_schedule
+from adabatch_jax.noise._tree import squared_norm
+
+PyTree = Any
+
+
+class ScaleByAdagradNormState(NamedTuple):
+    """State of `scale_by_adagrad_norm`."""
+
+    sum_of_squared_norms: jax.Array  # float32
+
+
+def scale_by_adagrad_norm(
+    initial_accumulator_value: Any = 0.01, eps: Any = 1e-10
+) -> optax.GradientTransformation:
+    """AdaGrad with one scalar accumulator for all parameters together.
+
+    v ← v + ‖g‖², u = g / (√v + ε): the step adapts to the size of the gradient and needs no bound on
+    it, and the state is a single number.
+
+    Args:
+      initial_accumulator_value: v₀ ≥ 0, in units of squared gradient.
+      eps: ε ≥ 0, outside the root. Not both may be 0.
+
+    Returns:
+      A `GradientTransformation`; the accumulator is float32 whatever the parameters are. Both
+      arguments may be injected by `optax.inject_hyperparams`; there are no static_args.
+
+    Raises:
+      ValueError: a negative argument, or both 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> link = scale_by_adagrad_norm(initial_accumulator_value=0.0)
+      >>> g = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+      >>> u, state = link.update(g, link.init(g))
+      >>> round(float(u["a"][0]), 4), round(float(u["b"][0]), 4)
+      (0.6, 0.8)
+
+    Source: Ward, Wu, Bottou (2019), arXiv 1806.01811, algorithm 1 (AdaGrad-Norm).
+    """
+    arguments = {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
+    _validate.between("scale_by_adagrad_norm", 0.0, float("inf"), **arguments)
+    if all(not isinstance(x, jax.Array | jax.core.Tracer) and x == 0 for x in arguments.values()):
+        raise ValueError(
+            "scale_by_adagrad_norm: initial_accumulator_value and eps must not both be 0"
+        )
+
+    def init(params: PyTree) -> ScaleByAdagradNormState:
+        del params
+        return ScaleByAdagradNormState(jnp.asarray(initial_accumulator_value).astype(jnp.float32))
+
+    def update(
+        updates: PyTree, state: ScaleByAdagradNormState, params: PyTree | None = None
+    ) -> tuple[PyTree, ScaleByAdagradNormState]:
+        del params
+        total = state.sum_of_squared_norms + squared_norm(updates)
+        denominator = jnp.sqrt(total) + jnp.asarray(eps).astype(jnp.float32)
+        factor = jnp.where(denominator > 0, 1.0 / jnp.where(denominator > 0, denominator, 1.0), 0.0)
+        scaled = jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
+        return scaled, ScaleByAdagradNormState(total)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adadagrad(
+    learning_rate: float | Callable[[jax.Array], Any],
+    *,
+    criterion: Criterion | Callable[..., Any],
+    initial_batch_size: int,
+    max_batch_size: int,
+    scaling: Callable[..., Any] | None = None,
+    initial_accumulator_value: Any = 0.0,
+    eps: Any = 1e-20,
+    **batch_size_options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """AdAdaGrad: AdaGrad, with a batch size that grows as a test on the gradient's noise demands.
+
+    v ← v + g², w ← w − α g / √(v + ε), coordinate by coordinate; the batch size follows `criterion`.
+    The defaults v₀ = 0 and ε = 10⁻²⁰ inside the root reproduce the authors' optimizer (PyTorch's: ε =
+    10⁻¹⁰ outside the root); Optax's own start at v₀ = 0.1.
+
+    Args:
+      learning_rate: α > 0, or a schedule over **examples processed**. The authors use 8e-3, constant,
+        for logistic regression and a CNN on MNIST (first batch 2 and 8, η = 0.1), and 5e-2 → 5e-3,
+        cosine with 10 % warm-up, for ResNet-18 on CIFAR-10 (first batch 8, η = 0.5).
+      criterion: for instance `norm_test(0.5)`.
+      initial_batch_size: examples of the first step.
+      max_batch_size: largest batch size; the authors' is the data set.
+      scaling: rule by which the learning rate follows the batch size, such as `sqrt_scaling()`, with
+        the initial batch size as base. None: it does not, as in the paper.
+      initial_accumulator_value: v₀ ≥ 0.
+      eps: ε, inside the root.
+      **batch_size_options: passed to `adapt_batch_size`.
+
+    Returns:
+      A `GradientTransformationExtraArgs` whose `update` reads `noise=`. Under
+      `optax.inject_hyperparams` the numbers `learning_rate`, `initial_accumulator_value` and `eps`
+      may be injected; everything else belongs to static_args.
+
+    Raises:
+      ValueError: an argument out of range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import adabatch_jax as adabatch
+      >>> optimizer = adabatch.adadagrad(0.1, criterion=adabatch.norm_test(0.5),
+      ...                                initial_batch_size=4, max_batch_size=64)
+      >>> fn = adabatch.value_and_grad_noise(lambda w, x: jnp.mean((w - x) ** 2))
+      >>> params = jnp.array(0.0)
+      >>> state = optimizer.init(params)
+      >>> value, noise = fn(params, adabatch.split_groups(jnp.array([1.0, 5.0, -3.0, 2.0]), 4))
+      >>> updates, state = optimizer.update(noise.mean, state, params, noise=noise)
+      >>> round(float(updates), 4), int(adabatch.get_batch_size(state))
+      (0.1, 28)
+
+    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, algorithm 1; AdaGrad: Duchi, Hazan, Singer (2011).
+    """
+    direction = optax.scale_by_rss(initial_accumulator_value, eps)
+    return _recipe(
+        direction,
+        learning_rate,
+        criterion,
+        initial_batch_size,
+        max_batch_size,
+        scaling,
+        batch_size_options,
+    )
+
+
+def adadagrad_norm(
+    learning_rate: float | Callable[[jax.Array], Any],
+    *,
+    criterion: Criterion | Callable[..., Any],
+    initial_batch_size: int,
+    max_batch_size: int,
+    scaling: Callable[..., Any] | None = None,
+    initial_accumulator_value: Any = 0.01,
+    eps: Any = 1e-10,
+    **batch_size_options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """AdAdaGrad-Norm: as `adadagrad`, with one scalar accumulator for all parameters.
+
+    v ← v + ‖g‖², w ← w − α g / (√v + ε). (The authors' code keeps one accumulator per row of every
+    matrix; this is the scalar method that the theory is about.)
+
+    Args:
+      learning_rate: α > 0, or a schedule over **examples processed**.
+      criterion: for instance `norm_test(0.5)`.
+      initial_batch_size: examples of the first step.
+      max_batch_size: largest batch size.
+      scaling: rule by which the learning rate follows the batch size; None: it does not.
+      initial_accumulator_value: v₀ ≥ 0.
+      eps: ε ≥ 0, outside the root.
+      **batch_size_options: passed to `adapt_batch_size`.
+
+    Returns:
+      A `GradientTransformationExtraArgs` whose `update` reads `noise=`. Static_args as for
+      `adadagrad`.
+
+    Raises:
+      ValueError: an argument out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import adabatch_jax as adabatch
+      >>> optimizer = adabatch.adadagrad_norm(0.1, criterion=adabatch.norm_test(0.5),
+      ...                                     initial_batch_size=4, max_batch_size=64)
+      >>> int(adabatch.get_batch_size(optimizer.init(jnp.zeros(3))))
+      4
+
+    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (AdAdaGrad-Norm); Ward, Wu, Bottou (2019),
+    arXiv 1806.01811.
+    """
+    direction = scale_by_adagrad_norm(initial_accumulator_value, eps)
+    return _recipe(
+        direction,
+        learning_rate,
+        criterion,
+        initial_batch_size,
+        max_batch_size,
+        scaling,
+        batch_size_options,
+    )
+
+
+def _recipe(
+    direction: optax.GradientTransformation,
+    learning_rate: Any,
+    criterion: Any,
+    initial_batch_size: int,
+    max_batch_size: int,
+    scaling: Any,
+    batch_size_options: dict[str, Any],
+) -> optax.GradientTransformationExtraArgs:
+    """controller → direction → scaling → learning rate: the order of every recipe."""
+    if not callable(learning_rate):
+        _validate.positive("adadagrad", learning_rate=learning_rate)
+    links = [
+        adapt_batch_size(
+            criterion,
+            initial_batch_size=initial_batch_size,
+            max_batch_size=max_batch_size,
+            **batch_size_options,
+        ),
+        direction,
+    ]
+    if scaling is not None:
+        links.append(scale_by_batch_size(scaling, base_batch_size=initial_batch_size))
+    return optax.chain(*links, scale_by_example_schedule(learning_rate))
