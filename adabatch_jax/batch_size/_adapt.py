@@ -176,20 +176,20 @@ def adapt_batch_size(
         # Known while tracing, so that a wrapper can check it against its micro-batch.
         with jax.ensure_compile_time_eval():
             first = jnp.asarray(initial_batch_size, jnp.int32)
-        zero, none = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+        # Every field has a buffer of its own: a state whose fields share one cannot be donated.
         return AdaptBatchSizeState(
             next_batch_size=first,
             examples_clock=zero_clock(),
-            updates_seen=none,
+            updates_seen=jnp.zeros((), jnp.int32),
             evidence_ema=() if smoothing is None else _zero_evidence(criterion, params),
-            evidence_weight=zero,
+            evidence_weight=jnp.zeros((), jnp.float32),
             display_ema=jnp.zeros((2,), jnp.float32),
-            test_numerator=zero,
-            test_denominator=zero,
-            test_degrees_of_freedom=none,
-            required_batch_size=zero,
+            test_numerator=jnp.zeros((), jnp.float32),
+            test_denominator=jnp.zeros((), jnp.float32),
+            test_degrees_of_freedom=jnp.zeros((), jnp.int32),
+            required_batch_size=jnp.zeros((), jnp.float32),
             test_status=jnp.full((), BatchSizeStatus.NOT_TESTED, jnp.int32),
-            skipped_tests=none,
+            skipped_tests=jnp.zeros((), jnp.int32),
         )
 
     def next_size(batch_size: jax.Array, required: jax.Array) -> jax.Array:

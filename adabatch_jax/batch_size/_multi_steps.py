@@ -111,12 +111,23 @@ def adaptive_multi_steps(
         inner = optimizer.init(params)
         _check_first_batch(controller_state(inner).next_batch_size, micro_batch_size, 1, 1)
         zeros = jax.tree.map(jnp.zeros_like, widen(params))
-        none = jnp.zeros((), jnp.int32)
-        no = jnp.zeros((), bool)
-        scatter = jax.tree.map(lambda x: x.astype(jnp.float32), zeros) if coordinate_wise else None
-        noise = GradientNoise(zeros, jnp.zeros((), jnp.float32), none, none, scatter)
-        zero = jnp.zeros((), jnp.float32)
-        return AdaptiveMultiStepsState(no, noise, zero, none, none, no, none, inner)
+        scatter = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), zeros)
+        return AdaptiveMultiStepsState(
+            emitted=jnp.zeros((), bool),
+            gathered_noise=GradientNoise(
+                mean=zeros,
+                scatter=jnp.zeros((), jnp.float32),
+                num_examples=jnp.zeros((), jnp.int32),
+                num_groups=jnp.zeros((), jnp.int32),
+                coordinate_scatter=scatter if coordinate_wise else None,
+            ),
+            gathered_value=jnp.zeros((), jnp.float32),
+            micro_batches=jnp.zeros((), jnp.int32),
+            skipped_micro_batches=jnp.zeros((), jnp.int32),
+            averaged_gradient=jnp.zeros((), bool),
+            averaged_gradients_seen=jnp.zeros((), jnp.int32),
+            inner_opt_state=inner,
+        )
 
     def update(
         updates: PyTree,

@@ -1,0 +1,97 @@
+"""The command `adabatch-jax`: thin, since everything it does can be imported."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import adabatch_jax
+
+USAGE_ERROR = 2  # exit status for anything wrong with the arguments or the data they name
+RUN_ERROR = 1  # exit status for a run that started and could not finish
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status.
+
+    Args:
+      arguments: the command line without the program's name; None: that of the process.
+
+    Returns:
+      0; 1 if training failed; 2 if the arguments or the data are unusable, after one line that says why.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        import tyro
+
+        from adabatch_jax.training import TrainConfig, TrainingError, train
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("adabatch_jax"):
+            raise
+        return _fail(
+            f"{error.name} is missing: pip install 'adabatch-jax[train]' installs what it needs",
+            USAGE_ERROR,
+        )
+    if arguments == ["--version"]:
+        print(f"adabatch-jax {adabatch_jax.__version__}")
+        return 0
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = tyro.extras.subcommand_cli_from_dict(
+                {"train": TrainConfig},
+                prog="adabatch-jax",
+                description="Train while the batch size follows the noise of the gradient.",
+                args=arguments,
+            )
+    except SystemExit as stop:
+        return _fail(_unboxed(said.getvalue()), USAGE_ERROR) if stop.code else 0
+    except ValueError as error:
+        return _fail(str(error), USAGE_ERROR)
+    try:
+        _show(train(config))
+    except (ValueError, OSError) as error:
+        return _fail(str(error), USAGE_ERROR)
+    except TrainingError as error:
+        return _fail(str(error), RUN_ERROR)
+    except KeyboardInterrupt:
+        return _fail("interrupted: metrics.csv holds the steps that were made", 130)
+    return 0
+
+
+def _show(result: Any) -> None:
+    s = result.summary
+    print(
+        f"test accuracy {s['test_accuracy']:.4f}, loss {s['test_loss']:.4f} after "
+        f"{s['optimizer_steps']} steps on {s['examples']} examples; batch size "
+        f"{s['initial_batch_size']} → {s['final_batch_size']}; {s['train_step_compilations']} "
+        f"compilations, {s['seconds']:.1f} s"
+    )
+    if s["skipped_steps"]:
+        print(f"{s['skipped_steps']} steps were skipped: loss or gradient not finite")
+    print(f"metrics.csv, summary.json and run.png are in {s['config']['out']}")
+
+
+def _unboxed(text: str) -> str:
+    """One line out of the box that the argument parser draws around its message.
+
+    The box holds a title, the message wrapped over some lines, a rule, and a pointer to --help.
+    """
+    title, *body = text.strip().splitlines() or [""]
+    message = []
+    for line in body:
+        if re.match(r"│ ─+ │|╰", line):
+            break
+        message.append(line.strip("│ "))
+    title, said = title.strip("╭╮─ "), " ".join(message)
+    said = re.sub(r"^Error parsing TrainConfig: ", "", said)
+    return said if title == "Value error" or said.startswith(title) else f"{title}: {said}"
+
+
+def _fail(message: str, status: int) -> int:
+    print("adabatch-jax: " + " ".join(message.split()), file=sys.stderr)
+    return status

@@ -1,0 +1,132 @@
+"""The fused training step: gradient, noise, decision and update in one compiled call per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import adabatch_jax as adabatch
+from adabatch_jax.training._data import to_float
+from adabatch_jax.training._ladder import Rung
+
+PyTree = Any
+Apply = Callable[[PyTree, jax.Array], jax.Array]
+
+
+def losses_and_logits(
+    apply: Apply, params: PyTree, inputs: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy [B] and logits [B, classes], float32; `inputs` [B, H, W] as stored."""
+    logits = apply(params, to_float(inputs)).astype(jnp.float32)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), logits
+
+
+def make_step(
+    apply: Apply, optimizer: optax.GradientTransformationExtraArgs, **noise_options: bool
+) -> Callable[..., tuple[PyTree, PyTree, dict[str, Any]]]:
+    """Builds the step.
+
+    The data set lies on the device and only example numbers travel: group j of a batch is the row
+    `indices[j]`, of which the first `sizes[j]` count.
+
+    Args:
+      apply: `(params, inputs float32 [B, H, W]) -> logits [B, classes]`.
+      optimizer: chain with one `adapt_batch_size` in it.
+      **noise_options: `coordinate_wise`, `inner_products`, as the criterion needs them.
+
+    Returns:
+      `step(params, opt_state, data, indices, sizes, count) -> (params, opt_state, report)` with
+      `data = (inputs, labels)`, `indices` int32 [num_groups, micro_batch_size], `sizes` int32
+      [num_groups], `count` int32: groups in use. A step whose loss or gradient is not finite changes
+      nothing but `report["skipped"]`.
+    """
+
+    def loss_fn(
+        params: PyTree, group: dict[str, jax.Array], data: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
+        index, size = group["index"], group["size"]
+        losses, _ = losses_and_logits(apply, params, data[0][index], data[1][index])
+        real = jnp.arange(index.shape[0]) < size
+        return jnp.sum(jnp.where(real, losses, 0.0)) / jnp.maximum(size, 1).astype(jnp.float32)
+
+    value_and_grad = adabatch.value_and_grad_noise(loss_fn, **noise_options)
+
+    def step(
+        params: PyTree,
+        opt_state: PyTree,
+        data: tuple[jax.Array, jax.Array],
+        indices: jax.Array,
+        sizes: jax.Array,
+        count: jax.Array,
+    ) -> tuple[PyTree, PyTree, dict[str, Any]]:
+        groups = {"index": indices, "size": sizes}
+        value, noise = value_and_grad(params, groups, data, count=count, sizes=sizes)
+        updates, new_state = optimizer.update(
+            noise.mean, opt_state, params, value=value, noise=noise
+        )
+        new_params = optax.apply_updates(params, updates)
+        finite = (
+            jnp.isfinite(value) & jnp.isfinite(noise.squared_norm) & jnp.isfinite(noise.scatter)
+        )
+
+        def keep(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
+        opt_state = keep(new_state, opt_state)
+        report = {"loss": value, "skipped": ~finite, **adabatch.metrics(opt_state)}
+        return keep(new_params, params), opt_state, report
+
+    return step
+
+
+class CompiledSteps:
+    """The step, compiled once for each rung of the ladder, when first needed."""
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        """Keeps `step`, whose parameters and optimizer state will be donated."""
+        self._jitted = jax.jit(step, donate_argnums=(0, 1))
+        self._compiled: dict[Rung, Callable[..., Any]] = {}
+
+    @property
+    def compilations(self) -> int:
+        """How many times the step has been compiled."""
+        return len(self._compiled)
+
+    def __call__(self, rung: Rung, *arguments: Any) -> tuple[PyTree, PyTree, dict[str, Any]]:
+        """Runs the step of this rung."""
+        if rung not in self._compiled:
+            self._compiled[rung] = self._jitted.lower(*arguments).compile()
+        return self._compiled[rung](*arguments)
+
+
+def make_evaluation(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Builds `evaluate(params, inputs, labels) -> (mean loss, accuracy)`, float32 scalars.
+
+    Slices of a fixed size keep the memory bounded; the mean is over all examples.
+    """
+    slice_size = 1000
+
+    @jax.jit
+    def sums(
+        params: PyTree, inputs: jax.Array, labels: jax.Array, real: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        losses, logits = losses_and_logits(apply, params, inputs, labels)
+        right = jnp.argmax(logits, axis=-1) == labels
+        return jnp.sum(jnp.where(real, losses, 0.0)), jnp.sum(right & real).astype(jnp.float32)
+
+    def evaluate(params: PyTree, inputs: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
+        total = len(labels)
+        results = []
+        for start in range(0, total, slice_size):
+            index = jnp.arange(start, start + slice_size)
+            real = index < total
+            index = jnp.minimum(index, total - 1)
+            results.append(sums(params, inputs[index], labels[index], real))
+        losses, rights = zip(*results, strict=True)
+        return sum(losses) / total, sum(rights) / total
+
+    return evaluate

@@ -1,0 +1,67 @@
+import dataclasses
+
+import pytest
+
+from adabatch_jax.training import TrainConfig, build_criterion, build_optimizer
+from adabatch_jax.training._config import CRITERIA, OPTIMIZERS, SCALINGS, SCHEDULES
+from adabatch_jax.training._optimizer import build_direction
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "cifar"}, "--dataset must be one of digits, mnist, fashion-mnist, got 'cifar'"),
+        ({"model": "vit"}, "--model must be one of"),
+        ({"optimizer": "adamax"}, "--optimizer must be one of"),
+        ({"criterion": "luck"}, "--criterion must be one of"),
+        ({"scaling": "cubic"}, "--scaling must be one of"),
+        ({"schedule": "step"}, "--schedule must be one of"),
+        ({"eta": 0.0}, "--eta must be a positive number, got 0.0"),
+        ({"eta": float("nan")}, "--eta must be a positive number, got nan"),
+        ({"theta": -1.0}, "--theta"),
+        ({"nu": 0.0}, "--nu"),
+        ({"learning_rate": 0.0}, "--learning-rate"),
+        ({"initial_batch_size": 0}, "--initial-batch-size must be a positive integer, got 0"),
+        ({"initial_batch_size": 64, "max_batch_size": 32}, "64 exceeds --max-batch-size 32"),
+        ({"initial_batch_size": 1}, "--initial-batch-size must be at least 2"),
+        ({"max_micro_batch_size": 0}, "--max-micro-batch-size"),
+        ({"noise_groups": 1}, "--noise-groups must be at least 2, got 1"),
+        ({"epochs": 0}, "--epochs"),
+        ({"smoothing": 1.0}, "--smoothing must lie in [0.0, 1.0)"),
+        ({"growth_limit": 1.0}, "--growth-limit must exceed 1"),
+        ({"seed": -1}, "--seed"),
+        ({"lag": -1}, "--lag"),
+        ({"data_dir": "here"}, "--data-dir has no meaning for --dataset digits"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_value(options, message):
+    with pytest.raises(ValueError) as error:
+        TrainConfig(**options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_output_folder_follows_the_data_set():
+    assert TrainConfig(dataset="mnist").output.parts == ("runs", "mnist")
+    assert TrainConfig(out="elsewhere").output.parts == ("elsewhere",)
+
+
+def test_every_choice_builds():
+    params = {"w": 1.0}
+    for name in OPTIMIZERS:
+        build_direction(name).init(params)
+    for criterion in CRITERIA:
+        built = build_criterion(TrainConfig(criterion=criterion))
+        assert (built is None) == (criterion == "none")
+    for scaling in SCALINGS:
+        for schedule in SCHEDULES:
+            build_optimizer(TrainConfig(scaling=scaling, schedule=schedule), total_examples=100)
+
+
+def test_every_option_is_documented_for_the_command():
+    source = TrainConfig.__module__
+    text = __import__(source, fromlist=["_"]).__loader__.get_source(source)
+    lines = [line.strip() for line in text.splitlines()]
+    for field in dataclasses.fields(TrainConfig):
+        place = next(i for i, line in enumerate(lines) if line.startswith(f"{field.name}: "))
+        assert lines[place + 1].startswith('"""'), f"{field.name} has no help text"
