@@ -188,7 +188,7 @@ def adapt_batch_size(
             test_denominator=jnp.zeros((), jnp.float32),
             test_degrees_of_freedom=jnp.zeros((), jnp.int32),
             required_batch_size=jnp.zeros((), jnp.float32),
-            test_status=jnp.full((), BatchSizeStatus.NOT_TESTED, jnp.int32),
+            test_status=jnp.array(int(BatchSizeStatus.NOT_TESTED), jnp.int32),
             skipped_tests=jnp.zeros((), jnp.int32),
         )
 

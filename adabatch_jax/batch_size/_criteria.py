@@ -176,7 +176,10 @@ def coordinate_norm_test(eta: Any, *, quantile: float = 0.9, floor: float = 0.1)
 
     def evidence(noise: GradientNoise) -> Evidence:
         scatter = _needed(
-            noise.coordinate_scatter, "coordinate_norm_test", "coordinate_scatter", "coordinate_wise"
+            noise.coordinate_scatter,
+            "coordinate_norm_test",
+            "coordinate_scatter",
+            "coordinate_wise",
         )
         variance = jax.tree.map(noise.variance, scatter)
         square = jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), noise.mean)

@@ -35,7 +35,9 @@ def _plain(state: Any) -> Any:
     The first field of every state of ours is a scalar, so its rank tells of a device axis.
     """
     stacked = jnp.ndim(jax.tree.leaves(state[0])[0])
-    fields = {name: jax.tree.leaves(field) for name, field in zip(state._fields, state, strict=True)}
+    fields = {
+        name: jax.tree.leaves(field) for name, field in zip(state._fields, state, strict=True)
+    }
     return state._replace(
         **{k: leaves[0][(0,) * stacked] for k, leaves in fields.items() if len(leaves) == 1}
     )

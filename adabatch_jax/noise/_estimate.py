@@ -149,9 +149,7 @@ def value_and_grad_noise(
                 value, along = jax.jvp(loss, (params,), (direction,))
                 return _Tally(_single(along, size), value, (), ())
 
-            noise = noise._replace(
-                inner_product_scatter=pool(accumulate(projection)).noise.scatter
-            )
+            noise = noise._replace(inner_product_scatter=pool(accumulate(projection)).noise.scatter)
 
         empty = noise.num_examples == 0
         value = jnp.where(empty, jnp.nan, total.value)

@@ -187,13 +187,8 @@ def pool_noise(
 
 
 def _check_same_shapes(a: PyTree, b: PyTree) -> None:
-    if jax.tree.structure(a) != jax.tree.structure(b):
+    shapes_a, shapes_b = (jax.tree.map(jnp.shape, tree) for tree in (a, b))
+    if shapes_a != shapes_b:
         raise ValueError(
-            "merge_noise: the two means differ in structure: "
-            f"{jax.tree.structure(a)} and {jax.tree.structure(b)}"
+            f"merge_noise: the two means differ in structure or shapes: {shapes_a} and {shapes_b}"
         )
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        if jnp.shape(x) != jnp.shape(y):
-            raise ValueError(
-                f"merge_noise: the two means differ in shapes: {jnp.shape(x)} and {jnp.shape(y)}"
-            )

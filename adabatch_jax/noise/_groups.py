@@ -30,18 +30,15 @@ def split_groups(batch: PyTree, num_groups: int) -> PyTree:
     """
     if num_groups < 1:
         raise ValueError(f"split_groups: num_groups must be at least 1, got {num_groups}")
-    rows = {jnp.shape(x)[0] if jnp.ndim(x) else None for x in jax.tree.leaves(batch)}
-    if len(rows) != 1 or None in rows:
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
+    if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
         raise ValueError(
-            "split_groups: every leaf of batch needs the same leading axis, "
-            f"got lengths {sorted(map(str, rows))}"
+            f"split_groups: every leaf of batch needs the same leading axis, got shapes {shapes}"
         )
-    (size,) = rows
+    size = shapes[0][0]
     if size % num_groups:
         raise ValueError(f"split_groups: num_groups={num_groups} does not divide batch size {size}")
-    return jax.tree.map(
-        lambda x: x.reshape((num_groups, size // num_groups) + x.shape[1:]), batch
-    )
+    return jax.tree.map(lambda x: x.reshape((num_groups, size // num_groups, *x.shape[1:])), batch)
 
 
 def leading_shape(groups: PyTree, ndim: int) -> tuple[int, ...]:
@@ -74,14 +71,14 @@ def group_sizes(groups: PyTree, sizes: Any, leading: tuple[int, ...]) -> jax.Arr
         return jnp.asarray(sizes).astype(jnp.int32)
     ndim = len(leading)
     shapes = [x.shape for x in map(jnp.asarray, jax.tree.leaves(groups)) if not _is_key(x, ndim)]
-    lengths = {s[ndim] if len(s) > ndim else None for s in shapes}
-    if len(lengths) != 1 or None in lengths:
+    lengths = {shape[ndim : ndim + 1] for shape in shapes}
+    if len(lengths) != 1 or () in lengths:
         raise ValueError(
             "value_and_grad_noise: the leaves of groups do not agree on a number of examples per "
             f"group (shapes {shapes}): pass sizes=, an integer array of shape {leading}, "
             "or give each group an axis of examples"
         )
-    return jnp.full(leading, lengths.pop(), jnp.int32)
+    return jnp.full(leading, lengths.pop()[0], jnp.int32)
 
 
 def _is_key(x: jax.Array, ndim: int) -> bool:

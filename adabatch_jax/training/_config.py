@@ -34,7 +34,7 @@ class TrainConfig:
     model: str = "mlp"
     """Model: logistic, mlp (256 hidden units) or cnn."""
     optimizer: str = "adadagrad"
-    """Optimizer: adadagrad (AdaGrad), adadagrad-norm (one accumulator), adamw, adam, sgd, momentum (0.9), lamb."""
+    """Optimizer: adadagrad, adadagrad-norm (one accumulator), adamw, adam, sgd, momentum (0.9) or lamb."""
     criterion: str = "norm"
     """Test that grows the batch: norm, coordinate-norm, inner-product, augmented, noise-scale, or none."""
     eta: float = 1.0

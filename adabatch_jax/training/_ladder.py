@@ -39,9 +39,13 @@ def rung_for(
       The rung; every batch that maps to it fits into it.
 
     Example:
-      >>> sizes = dict(initial_batch_size=64, max_batch_size=8192, max_micro_batch_size=256, noise_groups=8)
-      >>> rung_for(64, **sizes), rung_for(200, **sizes), rung_for(8192, **sizes)
-      (Rung(micro_batch_size=8, num_groups=16), Rung(micro_batch_size=16, num_groups=16), Rung(micro_batch_size=256, num_groups=32))
+      >>> ladder = dict(initial_batch_size=64, max_batch_size=8192, max_micro_batch_size=256,
+      ...               noise_groups=8)
+      >>> for batch_size in (64, 200, 8192):
+      ...     print(rung_for(batch_size, **ladder))
+      Rung(micro_batch_size=8, num_groups=16)
+      Rung(micro_batch_size=16, num_groups=16)
+      Rung(micro_batch_size=256, num_groups=32)
     """
     micro = min(max(1, initial_batch_size // noise_groups), max_micro_batch_size)
     while 2 * micro <= max_micro_batch_size and 2 * micro * noise_groups <= batch_size:

@@ -21,7 +21,8 @@ from adabatch_jax.training._ladder import rung_for
 from adabatch_jax.training._models import build_model
 from adabatch_jax.training._optimizer import build_optimizer
 from adabatch_jax.training._plot import plot_run
-from adabatch_jax.training._report import MetricsWriter, Progress, read_metrics, write_json
+from adabatch_jax.training._progress import Progress
+from adabatch_jax.training._report import MetricsWriter, read_metrics, write_json
 from adabatch_jax.training._step import CompiledSteps, make_evaluation, make_step
 
 PyTree = Any
@@ -83,7 +84,7 @@ def run_steps(
     mean, deviation = _mean_and_deviation(dataset.train_inputs)
 
     def apply(params: PyTree, inputs: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, (inputs - mean) / deviation)
+        return jnp.asarray(model.apply({"params": params}, (inputs - mean) / deviation))
 
     num_examples = len(dataset.train_labels)
     budget = config.epochs * num_examples
@@ -181,8 +182,8 @@ def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
       >>> import tempfile
       >>> from adabatch_jax.training import TrainConfig, train
       >>> with tempfile.TemporaryDirectory() as out:
-      ...     result = train(TrainConfig(model="logistic", epochs=1, out=out))  # doctest: +ELLIPSIS
-      digits...
+      ...     result = train(TrainConfig(model="logistic", epochs=1, out=out))
+      training on 1,437 examples...
       >>> result.summary["examples"]
       1437
     """
@@ -191,7 +192,10 @@ def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
     total = config.epochs * len(dataset.train_labels)
     final_batch_size = config.initial_batch_size
     skipped = 0
-    with MetricsWriter(out / "metrics.csv", COLUMNS) as writer, Progress(total, console) as progress:
+    with (
+        MetricsWriter(out / "metrics.csv", COLUMNS) as writer,
+        Progress(total, console) as progress,
+    ):
 
         def on_row(row: dict[str, Any]) -> None:
             nonlocal final_batch_size, skipped
@@ -247,5 +251,3 @@ def prepare_output(folder: Path) -> Path:
     except OSError as error:
         raise OSError(f"--out {folder} cannot be written: {error.strerror or error}") from None
     return folder
-
-

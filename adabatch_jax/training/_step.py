@@ -26,7 +26,11 @@ def losses_and_logits(
 
 
 def make_step(
-    apply: Apply, optimizer: optax.GradientTransformationExtraArgs, **noise_options: bool
+    apply: Apply,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    coordinate_wise: bool = False,
+    inner_products: bool = False,
 ) -> Callable[..., tuple[PyTree, PyTree, dict[str, Any]]]:
     """Builds the step.
 
@@ -36,7 +40,8 @@ def make_step(
     Args:
       apply: `(params, inputs float32 [B, H, W]) -> logits [B, classes]`.
       optimizer: chain with one `adapt_batch_size` in it.
-      **noise_options: `coordinate_wise`, `inner_products`, as the criterion needs them.
+      coordinate_wise: measure what the coordinate-wise test needs.
+      inner_products: measure what the inner-product tests need.
 
     Returns:
       `step(params, opt_state, data, indices, sizes, count) -> (params, opt_state, report)` with
@@ -53,7 +58,9 @@ def make_step(
         real = jnp.arange(index.shape[0]) < size
         return jnp.sum(jnp.where(real, losses, 0.0)) / jnp.maximum(size, 1).astype(jnp.float32)
 
-    value_and_grad = adabatch.value_and_grad_noise(loss_fn, **noise_options)
+    value_and_grad = adabatch.value_and_grad_noise(
+        loss_fn, coordinate_wise=coordinate_wise, inner_products=inner_products
+    )
 
     def step(
         params: PyTree,
