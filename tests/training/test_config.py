@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 
@@ -10,7 +11,10 @@ from adabatch_jax.training._optimizer import build_direction
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "cifar"}, "--dataset must be one of digits, mnist, fashion-mnist, got 'cifar'"),
+        (
+            {"dataset": "cifar"},
+            "--dataset must be one of digits, mnist, fashion-mnist, got 'cifar'",
+        ),
         ({"model": "vit"}, "--model must be one of"),
         ({"optimizer": "adamax"}, "--optimizer must be one of"),
         ({"criterion": "luck"}, "--criterion must be one of"),
@@ -35,9 +39,8 @@ from adabatch_jax.training._optimizer import build_direction
     ],
 )
 def test_a_bad_option_is_named_with_its_value(options, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         TrainConfig(**options)
-    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 

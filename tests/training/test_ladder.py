@@ -1,3 +1,5 @@
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,12 +34,14 @@ def test_rungs_double_and_are_few(ladder):
     rungs = [rung_for(b, **ladder) for b in range(low, high + 1)]
     micro = sorted({r.micro_batch_size for r in rungs})
     assert len(set(rungs)) == len(micro), "one shape per micro-batch size"
-    assert all(b == 2 * a for a, b in zip(micro, micro[1:], strict=False))
+    assert all(b == 2 * a for a, b in itertools.pairwise(micro))
     assert rungs == sorted(rungs, key=lambda r: r.micro_batch_size), "it only climbs"
 
 
 def test_below_the_top_the_allocation_is_at_most_a_few_times_the_batch():
-    ladder = dict(initial_batch_size=64, max_batch_size=8192, max_micro_batch_size=256, noise_groups=8)
+    ladder = dict(
+        initial_batch_size=64, max_batch_size=8192, max_micro_batch_size=256, noise_groups=8
+    )
     for b in range(64, 2048):
         rung = rung_for(b, **ladder)
         assert rung.micro_batch_size * rung.num_groups <= 2.1 * b

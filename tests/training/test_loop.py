@@ -85,7 +85,9 @@ def test_a_seed_fixes_the_run(digits):
     assert runs[0] == runs[1]
 
 
-@pytest.mark.parametrize("criterion", ["coordinate-norm", "inner-product", "augmented", "noise-scale"])
+@pytest.mark.parametrize(
+    "criterion", ["coordinate-norm", "inner-product", "augmented", "noise-scale"]
+)
 def test_every_criterion_drives_a_run(digits, criterion):
     rows = []
     config = TrainConfig(criterion=criterion, epochs=1, smoothing=0.5, debias=True)
@@ -142,5 +144,5 @@ def test_a_step_that_is_not_finite_changes_nothing(digits):
 def test_an_output_that_cannot_be_written_is_refused_before_training(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("here already")
-    with pytest.raises(OSError, match="--out .* cannot be written"):
+    with pytest.raises(OSError, match=r"--out .* cannot be written"):
         train(TrainConfig(out=blocked / "below"))
