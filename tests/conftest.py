@@ -1,0 +1,24 @@
+"""Settings for every test: JAX on the CPU and strict, Hypothesis the same on every run."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, max_examples=25
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    """Tests that need float64 turn it on for themselves, and off again."""
+    assert not jax.config.jax_enable_x64, "float64 is on: an earlier test, or the environment"
+    yield
+    assert not jax.config.jax_enable_x64, "this test left float64 on"

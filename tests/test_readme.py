@@ -1,0 +1,34 @@
+"""The README's code runs as printed, and the links between our documents lead somewhere."""
+
+import pathlib
+import re
+
+import matplotlib
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+
+
+def code_blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_python_blocks_run_in_order(tmp_path, monkeypatch):
+    blocks = code_blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python")
+    assert blocks, "README.md shows no Python"
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    namespace = {"__name__": "readme"}
+    for number, block in enumerate(blocks, start=1):
+        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    local = [link.split("#")[0] for link in links if not re.match(r"[a-z]+:", link)]
+    missing = [link for link in local if not (ROOT / link).exists()]
+    assert not missing, f"{document} links to what is not there: {missing}"
