@@ -8,18 +8,18 @@ batch size in the optimizer state; `adaptive_multi_steps` gathers micro-batches 
 * `get_batch_size`, `has_updated` and `metrics` read any optimizer state that holds a controller.
 """
 
-from adabatch_jax.batch_size._adapt import BatchSizeStatus, adapt_batch_size
+from adabatch_jax.batch_size._adapt import adapt_batch_size
 from adabatch_jax.batch_size._criteria import (
-    Criterion,
-    Evidence,
     augmented_inner_product_test,
     coordinate_norm_test,
     gradient_noise_scale,
     inner_product_test,
     norm_test,
 )
+from adabatch_jax.batch_size._criterion import Criterion, Evidence
 from adabatch_jax.batch_size._multi_steps import adaptive_multi_steps
 from adabatch_jax.batch_size._read import get_batch_size, has_updated, metrics
+from adabatch_jax.batch_size._state import BatchSizeStatus
 
 __all__ = [
     "BatchSizeStatus",

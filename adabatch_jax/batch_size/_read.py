@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adabatch_jax.batch_size._adapt import AdaptBatchSizeState
+from adabatch_jax.batch_size._state import AdaptBatchSizeState
 
 PyTree = Any
 

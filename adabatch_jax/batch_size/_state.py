@@ -1,0 +1,68 @@
+"""The state of `adapt_batch_size`, and what it tells."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adabatch_jax.noise._clock import as_int
+
+PyTree = Any
+
+
+class BatchSizeStatus(enum.IntEnum):
+    """What the last update did to the batch size, and why: `metrics(opt_state)["test_status"]`.
+
+    Example:
+      >>> BatchSizeStatus(6).name
+      'NOT_FINITE'
+    """
+
+    NOT_TESTED = 0  # no update yet, or between two tests (`test_interval`)
+    PASSED = 1  # tested: the batch is large enough
+    CHANGED = 2  # tested: the batch size moved
+    HELD = 3  # `hold_batch_size=True`
+    AT_MAXIMUM = 4  # monotone and as large as it may get: the test is switched off
+    TOO_FEW_GROUPS = 5  # fewer than two groups: no variance
+    NOT_FINITE = 6  # NaN or inf in the gradient or its noise
+    ZERO_GRADIENT = 7  # nothing to compare the variance with
+
+
+class AdaptBatchSizeState(NamedTuple):
+    """State of `adapt_batch_size`; `evidence_ema` is () without smoothing."""
+
+    next_batch_size: jax.Array  # int32: examples of the next optimizer step
+    examples_clock: jax.Array  # uint32 [2]: examples used so far
+    updates_seen: jax.Array  # int32
+    evidence_ema: PyTree  # (numerator, denominator), not yet corrected for its start
+    evidence_weight: jax.Array  # float32: 1 − decay^tests
+    display_ema: jax.Array  # float32 [2]: tr Σ and the de-biased ‖∇F‖², for the noise scale
+    test_numerator: jax.Array  # float32: what the last test compared …
+    test_denominator: jax.Array  # float32: … with what
+    test_degrees_of_freedom: jax.Array  # int32: groups − 1
+    required_batch_size: jax.Array  # float32: what the last test asked for
+    test_status: jax.Array  # int32: BatchSizeStatus
+    skipped_tests: jax.Array  # int32: tests without usable evidence
+
+    def report_metrics(self) -> dict[str, Any]:
+        """The numbers that `adabatch.metrics` shows."""
+        trace, square = self.display_ema[0], self.display_ema[1]
+        tested = (self.test_status == BatchSizeStatus.PASSED) | (
+            self.test_status == BatchSizeStatus.CHANGED
+        )
+        seen = (trace > 0) | (square > 0)
+        scale = jnp.where(square > 0, trace / jnp.where(square > 0, square, 1.0), jnp.inf)
+        return {
+            "batch_size": self.next_batch_size,
+            "num_examples": as_int(self.examples_clock),
+            "noise_scale": jnp.where(seen, scale, jnp.nan),
+            "noise_numerator": jnp.where(tested, self.test_numerator, jnp.nan),
+            "noise_denominator": jnp.where(tested, self.test_denominator, jnp.nan),
+            "degrees_of_freedom": self.test_degrees_of_freedom,
+            "required_batch_size": jnp.where(tested, self.required_batch_size, jnp.nan),
+            "test_status": self.test_status,
+            "skipped_tests": self.skipped_tests,
+        }
