@@ -207,6 +207,8 @@ def _recipe(
     batch_size_options: dict[str, Any],
 ) -> optax.GradientTransformationExtraArgs:
     """controller → direction → scaling → learning rate: the order of every recipe."""
+    # optax.inject_hyperparams hands a ** parameter on under its own name.
+    batch_size_options = {**batch_size_options.pop("batch_size_options", {}), **batch_size_options}
     if not callable(learning_rate):
         _validate.positive("adadagrad", learning_rate=learning_rate)
     links = [

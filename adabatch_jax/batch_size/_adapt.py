@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adabatch_jax import _validate
@@ -56,6 +57,9 @@ def adapt_batch_size(
     switched off. Evidence that is NaN or inf, comes from fewer than two groups, or from a gradient
     that is exactly zero never moves the batch: `metrics(opt_state)["test_status"]` says which
     (`BatchSizeStatus`), and `skipped_tests` counts.
+
+    Inside `optax.masked` the coordinate-wise test sees the coordinates that are let through; the other
+    tests always judge the whole gradient.
 
     `update` reads `noise=` (a `GradientNoise`, measured before any clipping) and `hold_batch_size=`
     (bool, may be traced: skip the test); other extra arguments are ignored.
@@ -123,9 +127,11 @@ def adapt_batch_size(
         _validate.positive_int("adapt_batch_size", dataset_size=dataset_size)
 
     def init(params: PyTree) -> AdaptBatchSizeState:
-        # Known while tracing, so that a wrapper can check it against its micro-batch.
-        with jax.ensure_compile_time_eval():
-            first = jnp.asarray(initial_batch_size, jnp.int32)
+        if isinstance(initial_batch_size, jax.Array | jax.core.Tracer):
+            first = initial_batch_size.astype(jnp.int32)
+        else:  # known while tracing, so that a wrapper can check it against its micro-batch
+            with jax.ensure_compile_time_eval():
+                first = jax.device_put(np.int32(initial_batch_size))
         # Every field has a buffer of its own: a state whose fields share one cannot be donated.
         return AdaptBatchSizeState(
             next_batch_size=first,
@@ -230,6 +236,8 @@ def adapt_batch_size(
             unchanged = _Tested(*(getattr(state, name) for name in _Tested._fields))
             return unchanged._replace(test_status=status.astype(jnp.int32))
 
+        if criterion.coordinate_wise:
+            noise = _without_masked(noise, updates)
         tested = jax.lax.cond(due & ~hold & ~full, test, skip, noise, state)
         return updates, state._replace(
             examples_clock=advance(state.examples_clock, noise.num_examples),
@@ -292,6 +300,22 @@ def _zero_evidence(criterion: Criterion, params: PyTree) -> PyTree:
         return corrected(criterion, criterion.evidence(noise), noise)
 
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(trial, params))
+
+
+def _without_masked(noise: GradientNoise, updates: PyTree) -> GradientNoise:
+    """Only the coordinates that `optax.masked` lets through: the state knows no others."""
+
+    def is_masked(x: Any) -> bool:
+        return isinstance(x, optax.MaskedNode)
+
+    def select(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda u, x: u if is_masked(u) else x, updates, tree, is_leaf=is_masked)
+
+    if noise.coordinate_scatter is None:
+        return noise
+    return noise._replace(
+        mean=select(noise.mean), coordinate_scatter=select(noise.coordinate_scatter)
+    )
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

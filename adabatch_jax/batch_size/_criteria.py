@@ -115,7 +115,9 @@ def coordinate_norm_test(eta: Any, *, quantile: float = 0.9, floor: float = 0.1)
         decisive = order_statistic(jax.tree.map(ratio, variance, square), quantile)
         return decisive, jnp.ones((), jnp.float32)
 
-    return Criterion("coordinate_norm_test", evidence, _squared(eta), summarize)
+    return Criterion(
+        "coordinate_norm_test", evidence, _squared(eta), summarize, coordinate_wise=True
+    )
 
 
 def inner_product_test(theta: Any) -> Criterion:

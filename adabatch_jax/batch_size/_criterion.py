@@ -53,6 +53,7 @@ class Criterion:
         denominator).
       summarize: `(numerator, denominator)` as pytrees → the two scalars that decide.
       debias: the denominator is always de-biased, since the quantity is defined that way.
+      coordinate_wise: the evidence has a number for every coordinate, not scalars.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,6 +70,7 @@ class Criterion:
     scale: Any = 1.0
     summarize: Callable[[PyTree, PyTree], tuple[jax.Array, jax.Array]] = _as_they_are
     debias: bool = False
+    coordinate_wise: bool = False
 
     def required(self, numerator: jax.Array, denominator: jax.Array) -> jax.Array:
         """The required batch size: 0 without variance, +inf with variance but nothing to compare it to."""
