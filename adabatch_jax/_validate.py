@@ -7,6 +7,7 @@ are guarded where they are used.
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -47,4 +48,4 @@ def one_of(where: str, choices: tuple[str, ...], **arguments: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool | str) and value is not None and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -91,7 +91,7 @@ def adadagrad(
 
     v ← v + g², w ← w − α g / √(v + ε), coordinate by coordinate; the batch size follows `criterion`.
     The defaults v₀ = 0 and ε = 10⁻²⁰ inside the root reproduce the authors' optimizer (PyTorch's: ε =
-    10⁻¹⁰ outside the root); Optax's own start at v₀ = 0.1.
+    10⁻¹⁰ outside the root) wherever √v is well above 10⁻¹⁰; Optax's own start at v₀ = 0.1.
 
     Args:
       learning_rate: α > 0, or a schedule over **examples processed**. The authors use 8e-3, constant,
@@ -129,9 +129,16 @@ def adadagrad(
 
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, algorithm 1; AdaGrad: Duchi, Hazan, Singer (2011).
     """
-    direction = optax.scale_by_rss(initial_accumulator_value, eps)
+    _validate.between(
+        "adadagrad",
+        0.0,
+        float("inf"),
+        initial_accumulator_value=initial_accumulator_value,
+        eps=eps,
+    )
     return _recipe(
-        direction,
+        "adadagrad",
+        optax.scale_by_rss(initial_accumulator_value, eps),
         learning_rate,
         criterion,
         initial_batch_size,
@@ -185,9 +192,9 @@ def adadagrad_norm(
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (AdAdaGrad-Norm); Ward, Wu, Bottou (2019),
     arXiv 1806.01811.
     """
-    direction = scale_by_adagrad_norm(initial_accumulator_value, eps)
     return _recipe(
-        direction,
+        "adadagrad_norm",
+        scale_by_adagrad_norm(initial_accumulator_value, eps),
         learning_rate,
         criterion,
         initial_batch_size,
@@ -198,6 +205,7 @@ def adadagrad_norm(
 
 
 def _recipe(
+    name: str,
     direction: optax.GradientTransformation,
     learning_rate: Any,
     criterion: Any,
@@ -210,7 +218,7 @@ def _recipe(
     # optax.inject_hyperparams hands a ** parameter on under its own name.
     batch_size_options = {**batch_size_options.pop("batch_size_options", {}), **batch_size_options}
     if not callable(learning_rate):
-        _validate.positive("adadagrad", learning_rate=learning_rate)
+        _validate.positive(name, learning_rate=learning_rate)
     links = [
         adapt_batch_size(
             criterion,

@@ -154,9 +154,13 @@ def adapt_batch_size(
         beyond = 2.0 if growth_limit is None else growth_limit
         factor = jnp.where(jnp.isinf(required), beyond, limit).astype(jnp.float32)
         target = jnp.minimum(required, factor * size)
-        target = jnp.ceil(jnp.clip(target, min_batch_size, max_batch_size)).astype(jnp.int32)
-        target = target + (-target) % multiple_of
-        return jnp.maximum(target, batch_size) if monotone else target
+        target = jnp.where(jnp.isnan(target), size, target)
+        # Bounds are integers: float32 has no room for all of them beyond 2**24.
+        whole = jnp.ceil(jnp.minimum(target, 2.0**30)).astype(jnp.int32)
+        whole = jnp.where(target >= jnp.float32(max_batch_size), max_batch_size, whole)
+        whole = jnp.clip(whole, min_batch_size, max_batch_size)
+        whole = jnp.minimum(whole + (-whole) % multiple_of, max_batch_size)
+        return jnp.maximum(whole, batch_size) if monotone else whole
 
     def test(noise: GradientNoise, state: AdaptBatchSizeState) -> _Tested:
         evidence = criterion.evidence(noise)
@@ -175,7 +179,7 @@ def adapt_batch_size(
         if smoothing is None:
             averaged = new
         else:
-            decay = jnp.asarray(smoothing, jnp.float32)
+            decay = jnp.minimum(jnp.asarray(smoothing, jnp.float32), 1.0 - 1e-6)
             weight = jnp.where(usable, decay * weight + (1 - decay), weight)
             blended = jax.tree.map(lambda e, x: decay * e + (1 - decay) * x, ema, new)
             ema = jax.tree.map(lambda e, x: jnp.where(usable, x, e), ema, blended)
@@ -183,6 +187,8 @@ def adapt_batch_size(
             averaged = jax.tree.map(lambda e: e / start, ema)
         numerator, denominator = criterion.summarize(*averaged)
         required = criterion.required(numerator, denominator)
+        finite &= ~jnp.isnan(required)
+        usable &= finite
 
         size = state.next_batch_size
         moved = jnp.where(usable, next_size(size, required), size)
@@ -295,7 +301,12 @@ def _zero_evidence(criterion: Criterion, params: PyTree) -> PyTree:
     def trial(params: PyTree) -> tuple[PyTree, PyTree]:
         zero = jnp.zeros((), jnp.float32)
         noise = GradientNoise(
-            params, zero, 2, 2, jax.tree.map(lambda p: p.astype(jnp.float32), params), zero
+            mean=params,
+            scatter=zero,
+            num_examples=jnp.int32(2),
+            num_groups=jnp.int32(2),
+            coordinate_scatter=jax.tree.map(lambda p: p.astype(jnp.float32), params),
+            inner_product_scatter=zero,
         )
         return corrected(criterion, criterion.evidence(noise), noise)
 

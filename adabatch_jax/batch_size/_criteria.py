@@ -61,7 +61,8 @@ def coordinate_norm_test(eta: Any, *, quantile: float = 0.9, floor: float = 0.1)
     an unbounded batch, so with more than a few hundred parameters the raw form goes to the largest
     batch at once. The defaults ask that 90 % of the coordinates pass, and compare a coordinate's
     noise with at least a tenth of the root mean square of the gradient; with ten coordinates or fewer
-    the order statistic is still the maximum.
+    the order statistic is still the maximum. At the same η this asks for larger batches than
+    `norm_test`: start at η = 2 or 3.
 
     Needs `coordinate_scatter`: use `value_and_grad_noise(..., coordinate_wise=True)`.
 

@@ -76,7 +76,8 @@ class Criterion:
         """The required batch size: 0 without variance, +inf with variance but nothing to compare it to."""
         bound = jnp.asarray(self.scale, jnp.float32) * denominator
         ratio = numerator / jnp.where(bound > 0, bound, 1.0)
-        return jnp.where(numerator <= 0, 0.0, jnp.where(bound > 0, ratio, jnp.inf))
+        unbounded = jnp.where(jnp.isnan(bound), jnp.nan, jnp.inf)
+        return jnp.where(numerator <= 0, 0.0, jnp.where(bound > 0, ratio, unbounded))
 
     def __call__(self, noise: GradientNoise) -> jax.Array:
         """The required batch size (float32 scalar) that this one gradient asks for."""

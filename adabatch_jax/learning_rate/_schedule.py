@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adabatch_jax import _validate
 from adabatch_jax.noise import GradientNoise
 from adabatch_jax.noise._clock import advance, as_float, zero_clock
 
@@ -45,7 +46,8 @@ def scale_by_example_schedule(
       `schedule` belongs to static_args.
 
     Raises:
-      ValueError: at trace time, neither `noise=` nor `num_examples=`.
+      ValueError: a constant that is negative or not finite; at trace time, neither `noise=` nor
+        `num_examples=`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -58,6 +60,8 @@ def scale_by_example_schedule(
 
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, experiments: schedules and budgets in examples.
     """
+    if not callable(schedule):
+        _validate.between("scale_by_example_schedule", 0.0, float("inf"), schedule=schedule)
     sign = -1.0 if flip_sign else 1.0
 
     def rate_at(clock: jax.Array) -> jax.Array:

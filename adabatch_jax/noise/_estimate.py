@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adabatch_jax import _validate
 from adabatch_jax.noise._axes import (
     AxisName,
     axis_tuple,
@@ -102,8 +103,7 @@ def value_and_grad_noise(
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, section 3 (tests); Chan, Golub, LeVeque (1983)
     (accumulation).
     """
-    if vectorize < 1:
-        raise ValueError(f"value_and_grad_noise: vectorize must be at least 1, got {vectorize}")
+    _validate.positive_int("value_and_grad_noise", vectorize=vectorize)
     if lanes and vectorize != 1:
         raise ValueError(
             f"value_and_grad_noise: lanes=True already runs its lanes at once, got {vectorize=}"
@@ -117,7 +117,7 @@ def value_and_grad_noise(
         leading = leading_shape(groups, ndim)
         sizes = group_sizes(groups, sizes, leading)
         bound = leading[0] if count is None else jnp.clip(count, 0, leading[0]).astype(jnp.int32)
-        params = _prepare(params, groups, axes)
+        params = _prepare(jax.tree.map(jnp.asarray, params), groups, axes)
         varying = varying_axes((params, groups, args, sizes, bound))
         accumulate = partial(
             _accumulate, (groups, sizes), bound, vectorize=vectorize, lanes=lanes, varying=varying

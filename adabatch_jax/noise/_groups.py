@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adabatch_jax import _validate
+
 PyTree = Any
 
 
@@ -28,8 +30,8 @@ def split_groups(batch: PyTree, num_groups: int) -> PyTree:
       >>> split_groups(jnp.arange(6), 3).tolist()
       [[0, 1], [2, 3], [4, 5]]
     """
-    if num_groups < 1:
-        raise ValueError(f"split_groups: num_groups must be at least 1, got {num_groups}")
+    _validate.positive_int("split_groups", num_groups=num_groups)
+    num_groups = int(num_groups)
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
     if len({shape[:1] for shape in shapes}) != 1 or not shapes[0]:
         raise ValueError(
@@ -53,7 +55,10 @@ def leading_shape(groups: PyTree, ndim: int) -> tuple[int, ...]:
             f"value_and_grad_noise: every leaf of groups needs the same leading axes {what}, "
             f"got {sorted(shapes)}"
         )
-    return shapes.pop()
+    leading = shapes.pop()
+    if 0 in leading:
+        raise ValueError(f"value_and_grad_noise: groups is empty: its leading axes are {leading}")
+    return leading
 
 
 def group_sizes(groups: PyTree, sizes: Any, leading: tuple[int, ...]) -> jax.Array:
@@ -68,9 +73,10 @@ def group_sizes(groups: PyTree, sizes: Any, leading: tuple[int, ...]) -> jax.Arr
             raise ValueError(
                 f"value_and_grad_noise: sizes must have shape {leading}, got {jnp.shape(sizes)}"
             )
-        return jnp.asarray(sizes).astype(jnp.int32)
+        return jnp.maximum(jnp.asarray(sizes).astype(jnp.int32), 0)
     ndim = len(leading)
-    shapes = [x.shape for x in map(jnp.asarray, jax.tree.leaves(groups)) if not _is_key(x, ndim)]
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(groups)]
+    shapes = [x.shape for x in leaves if not _is_key(x, ndim)] or [x.shape for x in leaves]
     lengths = {shape[ndim : ndim + 1] for shape in shapes}
     if len(lengths) != 1 or () in lengths:
         raise ValueError(

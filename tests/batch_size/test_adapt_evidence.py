@@ -1,0 +1,95 @@
+"""`adapt_batch_size`: evidence that is unusable never moves the batch, and the state says why."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adabatch_jax import (
+    BatchSizeStatus,
+    coordinate_norm_test,
+    inner_product_test,
+    norm_test,
+)
+
+BAD = {
+    "nan_scatter": ({"trace": np.nan}, BatchSizeStatus.NOT_FINITE),
+    "inf_scatter": ({"trace": np.inf}, BatchSizeStatus.NOT_FINITE),
+    "nan_gradient": ({"square": np.nan}, BatchSizeStatus.NOT_FINITE),
+    "inf_gradient": ({"square": np.inf}, BatchSizeStatus.NOT_FINITE),
+    "overflowing_square": ({"square": 1e39}, BatchSizeStatus.NOT_FINITE),
+    "zero_gradient": ({"square": 0.0}, BatchSizeStatus.ZERO_GRADIENT),
+    "zero_gradient_and_noise": ({"trace": 0.0, "square": 0.0}, BatchSizeStatus.ZERO_GRADIENT),
+    "one_group": ({"num_groups": 1}, BatchSizeStatus.TOO_FEW_GROUPS),
+    "no_group": ({"num_groups": 0, "num_examples": 0}, BatchSizeStatus.TOO_FEW_GROUPS),
+}
+
+
+@pytest.fixture(scope="session")
+def controls(controller):
+    """Two controllers that have seen one good test: the paper's, and everything switched on."""
+    plain = controller(norm_test(1.0))
+    shrinking = controller(norm_test(1.0), monotone=False, smoothing=0.9, debias=True)
+    return {"paper": plain, "smoothed_debiased_shrinking": shrinking}
+
+
+@pytest.mark.parametrize("kind", ["paper", "smoothed_debiased_shrinking"])
+@pytest.mark.parametrize(("statistics", "status"), BAD.values(), ids=BAD)
+def test_bad_evidence_changes_nothing_but_the_count(controls, make_noise, kind, statistics, status):
+    control = controls[kind]
+    control.state = control.link.init(jnp.zeros(2))
+    control.feed(make_noise(trace=100, square=4))
+    before = control.state
+    control.feed(make_noise(**{"trace": 1000.0, "square": 2.0} | statistics))
+    assert control.status is status
+    assert int(control.metrics["skipped_tests"]) == 1
+    changed = {"test_status", "skipped_tests", "updates_seen", "examples_clock"}
+    for name in set(before._fields) - changed:
+        jax.tree.map(
+            np.testing.assert_array_equal, getattr(control.state, name), getattr(before, name)
+        )
+
+
+def test_the_numbers_of_an_unusable_test_are_shown_as_nan(controller, make_noise):
+    control = controller(norm_test(1.0))
+    control.feed(make_noise(trace=np.nan))
+    for name in ("required_batch_size", "noise_numerator", "noise_denominator"):
+        assert np.isnan(control.metrics[name])
+
+
+def test_after_bad_evidence_the_next_test_is_as_if_nothing_had_been(controller, make_noise):
+    good = [make_noise(trace=t, square=4) for t in (100, 400, 900)]
+    bad = [make_noise(**statistics) for statistics, _ in BAD.values()]
+    clean, disturbed = (controller(norm_test(1.0), smoothing=0.5) for _ in range(2))
+    for noise in good:
+        clean.feed(noise)
+        for spoilt in bad:
+            disturbed.feed(spoilt)
+        disturbed.feed(noise)
+    assert disturbed.batch_size == clean.batch_size
+    assert int(disturbed.metrics["skipped_tests"]) == 3 * len(bad)
+
+
+def test_a_nan_inner_product_holds_the_batch(controller, make_noise):
+    control = controller(inner_product_test(0.1))
+    assert control.feed(make_noise(along=np.nan)) == 64
+    assert control.status is BatchSizeStatus.NOT_FINITE
+
+
+def test_one_coordinate_without_a_number_holds_the_batch(controller, make_noise):
+    control = controller(coordinate_norm_test(0.1, quantile=0.5))
+    noise = make_noise()._replace(coordinate_scatter=jnp.array([1.0, jnp.nan]))
+    assert control.feed(noise) == 64
+    assert control.status is BatchSizeStatus.NOT_FINITE
+
+
+def test_what_the_criterion_does_not_read_may_be_nan(controller, make_noise):
+    control = controller(norm_test(1.0))
+    assert control.feed(make_noise(trace=100, along=np.nan)) == 100
+
+
+@pytest.mark.parametrize("answer", [np.nan, np.inf])
+def test_a_plain_function_that_has_no_answer_holds_the_batch(controller, make_noise, answer):
+    control = controller(lambda noise: answer)
+    assert control.feed(make_noise()) == 64
+    assert control.status is BatchSizeStatus.NOT_FINITE

@@ -1,0 +1,169 @@
+"""The table: every public transformation, how to make it, and what one step of it is given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adabatch_jax as adabatch
+
+PyTree = Any
+SIZES = {"initial_batch_size": 16, "max_batch_size": 4096}
+
+
+def no_arguments(gradient: PyTree, step: int) -> dict[str, Any]:
+    return {}
+
+
+def noise_of(gradient: PyTree, step: int) -> dict[str, Any]:
+    """A noise whose every number changes from step to step, and makes batch sizes move."""
+    scatter = jax.tree.map(lambda g: ((step + 1) * 50.0 * g * g).astype(jnp.float32), gradient)
+    noise = adabatch.GradientNoise(
+        mean=gradient,
+        scatter=jnp.float32(400.0 * (step + 1)),
+        num_examples=jnp.int32(16 * (step + 1)),
+        num_groups=jnp.int32(8 + step),
+        coordinate_scatter=scatter,
+    )
+    hold = jnp.bool_(step == 2)
+    return {"noise": noise, "value": jnp.float32(1 / (step + 1)), "hold_batch_size": hold}
+
+
+def value_of(gradient: PyTree, step: int) -> dict[str, Any]:
+    return {"value": jnp.float32(1.0 / (step + 1))}
+
+
+@dataclass(frozen=True, eq=False)  # each row is its own key
+class Row:
+    name: str
+    factory: Callable[..., optax.GradientTransformation]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    injected: tuple[str, ...]  # by inject_hyperparams; every other argument is in its static_args
+    extra_args: Callable[[PyTree, int], dict[str, Any]]
+    without: tuple[str, ...] = ()  # modes in which something of Optax's fails
+
+    def make(self) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(self.factory(*self.args, **self.options))
+
+    def inject(self) -> optax.GradientTransformationExtraArgs:
+        static_args = set(inspect.signature(self.factory).parameters) - set(self.injected)
+        factory = optax.inject_hyperparams(self.factory, static_args=static_args)
+        return factory(*self.args, **self.options)
+
+    def steps(self, params: PyTree, count: int = 4) -> list[tuple[PyTree, dict]]:
+        """Gradients like `params`, and the extra arguments beside them."""
+        rng = np.random.default_rng(0)
+
+        def draw(p: jax.Array) -> jax.Array:
+            return jnp.asarray(rng.normal(1.0, 0.5, p.shape), p.dtype)
+
+        gradients = [jax.tree.map(draw, params) for _ in range(count)]
+        return [(g, self.extra_args(g, step)) for step, g in enumerate(gradients)]
+
+
+def with_controller(criterion: Any, direction: optax.GradientTransformation) -> Any:
+    return optax.chain(adabatch.adapt_batch_size(criterion, **SIZES), direction)
+
+
+TABLE = [
+    Row(
+        "adapt_batch_size",
+        adabatch.adapt_batch_size,
+        (adabatch.norm_test(0.5),),
+        SIZES,
+        ("growth_limit", "smoothing"),
+        noise_of,
+    ),
+    Row(
+        "adapt_batch_size smoothed",
+        adabatch.adapt_batch_size,
+        (adabatch.norm_test(0.5),),
+        SIZES | {"smoothing": 0.9, "debias": True, "growth_limit": 2.0, "test_interval": 2},
+        ("growth_limit", "smoothing"),
+        noise_of,
+    ),
+    Row(
+        "adapt_batch_size by coordinates",
+        adabatch.adapt_batch_size,
+        (adabatch.coordinate_norm_test(0.5),),
+        SIZES | {"smoothing": 0.5, "dataset_size": 10_000, "monotone": False},
+        ("growth_limit", "smoothing"),
+        noise_of,
+    ),
+    Row(
+        "adaptive_multi_steps around adam",
+        adabatch.adaptive_multi_steps,
+        (with_controller(adabatch.norm_test(0.5), optax.adam(0.1)),),
+        {"micro_batch_size": 8},
+        (),
+        value_of,
+        without=("strict_promotion",),  # optax.adam itself fails there: 0.9 ** int32
+    ),
+    Row(
+        "adaptive_multi_steps by coordinates",
+        adabatch.adaptive_multi_steps,
+        (with_controller(adabatch.coordinate_norm_test(0.5), optax.sgd(0.1, momentum=0.9)),),
+        {"micro_batch_size": 8, "coordinate_wise": True},
+        (),
+        value_of,
+    ),
+    Row(
+        "scale_by_batch_size",
+        adabatch.scale_by_batch_size,
+        (adabatch.sqrt_scaling(),),
+        {"base_batch_size": 16},
+        ("base_batch_size",),
+        noise_of,
+    ),
+    Row(
+        "scale_by_example_schedule",
+        adabatch.scale_by_example_schedule,
+        (optax.linear_schedule(1.0, 0.0, 1000),),
+        {},
+        (),
+        noise_of,
+    ),
+    Row(
+        "scale_by_adagrad_norm",
+        adabatch.scale_by_adagrad_norm,
+        (),
+        {},
+        ("initial_accumulator_value", "eps"),
+        no_arguments,
+    ),
+    Row(
+        "adadagrad",
+        adabatch.adadagrad,
+        (0.1,),
+        SIZES | {"criterion": adabatch.norm_test(0.5), "scaling": adabatch.sqrt_scaling()},
+        ("learning_rate", "initial_accumulator_value", "eps"),
+        noise_of,
+    ),
+    Row(
+        "adadagrad_norm",
+        adabatch.adadagrad_norm,
+        (0.1,),
+        SIZES | {"criterion": adabatch.norm_test(0.5), "scaling": adabatch.linear_scaling()},
+        ("learning_rate", "initial_accumulator_value", "eps"),
+        noise_of,
+    ),
+]
+
+
+@pytest.fixture
+def table() -> list[Row]:
+    return TABLE
+
+
+@pytest.fixture(params=TABLE, ids=lambda row: row.name)
+def row(request: pytest.FixtureRequest) -> Row:
+    return request.param

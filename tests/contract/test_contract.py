@@ -1,0 +1,256 @@
+"""What every transformation promises, whatever it computes: one table, one test per promise."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import typing
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import adabatch_jax as adabatch
+
+
+@contextlib.contextmanager
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+MODES = {
+    "x64": lambda: jax.enable_x64(True),
+    "strict_promotion": strict_promotion,  # of dtypes and of ranks
+    "transfer_guard": lambda: jax.transfer_guard("disallow"),
+    "debug_nans": lambda: jax.debug_nans(True),
+}
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-7)
+
+
+def params_of(dtype=jnp.float32):
+    weights = jnp.asarray([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], dtype)
+    return {"b": jnp.asarray([0.5, -1.0], dtype), "w": weights}
+
+
+def as_step(link, params):
+    """`(state, gradient, extra arguments) → (state, updates)`: the order of `lax.scan`."""
+
+    def step(state, gradient, extra_args):
+        updates, state = link.update(gradient, state, params, **extra_args)
+        return state, updates
+
+    return step
+
+
+def run(step, state, steps):
+    """State and updates after each step."""
+    history = []
+    for given in steps:
+        history.append(step(state, *given))
+        state = history[-1][0]
+    return history
+
+
+@functools.cache
+def plain_run(row):
+    link, params = row.make(), params_of()
+    return run(jax.jit(as_step(link, params)), link.init(params), row.steps(params))
+
+
+@pytest.fixture
+def expected(row):
+    """State and updates of plain jitted steps, which every other way to run the row must equal."""
+    return plain_run(row)
+
+
+@pytest.fixture
+def one_trace():
+    chex.clear_trace_counter()
+    return chex.assert_max_traces(n=1)
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def form(tree):
+    """What must not change from step to step, or jit compiles again."""
+    kinds = {
+        jax.tree_util.keystr(path): (x.shape, x.dtype.name, "weak" if x.weak_type else "strong")
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
+    return kinds, jax.tree.structure(tree)
+
+
+def test_the_table_is_complete(table):
+    def is_factory(name):
+        made = typing.get_type_hints(getattr(adabatch, name)).get("return")
+        return isinstance(made, type) and issubclass(made, optax.GradientTransformation)
+
+    factories = {name for name in adabatch.__all__ if is_factory(name)}
+    assert factories == {row.factory.__name__ for row in table}
+
+
+def test_jit_changes_no_number(row, expected):
+    link, params = row.make(), params_of()
+    with jax.disable_jit():  # of the branches and loops inside, too
+        plain = run(as_step(link, params), link.init(params), row.steps(params)[:2])
+    assert form(plain) == form(expected[:2])
+    assert_close(plain, expected[:2])
+
+
+def test_one_trace_serves_every_step(row, one_trace):
+    link, params = row.make(), params_of()
+    step = jax.jit(one_trace(as_step(link, params)))
+    run(step, link.init(params), row.steps(params, count=12))
+
+
+def test_vmap_equals_a_loop(row, expected):
+    link, params = row.make(), params_of()
+    states = stack([link.init(params)] + [state for state, _ in expected[:-1]])
+    together = jax.jit(jax.vmap(as_step(link, params)))(states, *stack(row.steps(params)))
+    assert_close(together, stack(expected))
+
+
+def test_scan_equals_a_loop(row, expected):
+    link, params = row.make(), params_of()
+    step, steps = as_step(link, params), stack(row.steps(params))
+    state, updates = jax.lax.scan(lambda s, x: step(s, *x), link.init(params), steps)
+    assert_close(state, expected[-1][0])
+    assert_close(updates, stack([u for _, u in expected]))
+
+
+def test_in_a_chain(row, expected):
+    params = params_of()
+    chain = optax.chain(optax.scale(0.25), optax.scale(4.0), row.make(), optax.scale(-2.0))
+    got = run(jax.jit(as_step(chain, params)), chain.init(params), row.steps(params))
+    assert_close([state[2] for state, _ in got], [state for state, _ in expected])
+    assert_close([u for _, u in got], [jax.tree.map(lambda x: -2.0 * x, u) for _, u in expected])
+
+
+def test_under_inject_hyperparams(row, expected, one_trace):
+    link, params = row.inject(), params_of()
+    step = jax.jit(one_trace(as_step(link, params)))
+    got = run(step, link.init(params), row.steps(params))
+    assert_close([(state.inner_state, u) for state, u in got], expected)
+
+
+def test_under_masked(row):
+    """Updates as if the other leaves did not exist; a noise that is passed still holds them."""
+    params, link = params_of(), row.make()
+    masked, part = optax.masked(link, {"b": False, "w": True}), params["w"]
+    steps = row.steps(params, count=2)
+    got = run(jax.jit(as_step(masked, params)), masked.init(params), steps)
+    steps_of_part = [(g["w"], row.extra_args(g["w"], i)) for i, (g, _) in enumerate(steps)]
+    expected = run(jax.jit(as_step(link, part)), link.init(part), steps_of_part)
+    assert_close([u["w"] for _, u in got], [u for _, u in expected])
+    chex.assert_trees_all_equal([u["b"] for _, u in got], [g["b"] for g, _ in steps])
+
+
+def test_unknown_extra_arguments_are_ignored(row):
+    """The program is the same with and without them."""
+    link, params = row.make(), params_of()
+    more = optax.GradientTransformationExtraArgs(
+        link.init, functools.partial(link.update, unknown="text", other=None)
+    )
+    plain, with_more = (
+        str(jax.make_jaxpr(as_step(x, params))(x.init(params), *row.steps(params)[0]))
+        for x in (link, more)
+    )
+    assert plain == with_more
+
+
+def test_dtypes_stay_and_statistics_are_float32(row):
+    params = params_of(jnp.bfloat16)
+    link = row.make()
+    first = link.init(params)
+    strictly = "strict_promotion" not in row.without
+    with strict_promotion() if strictly else contextlib.nullcontext():
+        history = run(jax.jit(as_step(link, params)), first, row.steps(params))
+    for last, updates in history:
+        assert form(updates) == form(params)
+        assert form(last) == form(first)
+
+    def foreign(node):  # Optax keeps its moments in the dtype of the parameters
+        return type(node).__module__.startswith("optax")
+
+    ours = [x for x in jax.tree.leaves(last, is_leaf=foreign) if not foreign(x)]
+    assert {x.dtype.name for x in ours} <= {"float32", "int32", "uint32", "bool"}
+
+
+def test_the_state_keeps_its_form(row, expected):
+    link, params = row.make(), params_of()
+    for state in (link.init(params), jax.jit(link.init)(params)):
+        assert form(state) == form(expected[-1][0])
+
+
+def test_a_replicated_state_stays_replicated(row):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    params = jax.device_put(params_of(), everywhere)
+    link = row.make()
+    first = jax.device_put(link.init(params), everywhere)
+    step = jax.jit(as_step(link, params))
+    for state, _ in run(step, first, jax.device_put(row.steps(params), everywhere)):
+        assert all(x.sharding == everywhere for x in jax.tree.leaves(state))
+    assert step._cache_size() == 1
+
+
+def test_the_state_can_be_donated(row, expected):
+    link, params = row.make(), params_of()
+    # keep_unused: a state that an update only overwrites would otherwise not be handed over at all.
+    step = jax.jit(as_step(link, params), donate_argnums=0, keep_unused=True)
+    for init in (link.init, jax.jit(link.init)):
+        state = init(params)
+        for given, (wanted, _) in zip(row.steps(params), expected, strict=True):
+            before, (state, _) = state, step(state, *given)
+            assert all(x.is_deleted() for x in jax.tree.leaves(before))
+            assert_close(state, wanted)
+
+
+@pytest.mark.parametrize("params", [{}, 0.5], ids=["no parameters", "one number"])
+def test_unusual_parameters(row, params):
+    params = jax.tree.map(jnp.float32, params)
+    link = row.make()
+    first = link.init(params)
+    for state, updates in run(jax.jit(as_step(link, params)), first, row.steps(params)):
+        assert form(state) == form(first)
+        assert form(updates) == form(params)
+        chex.assert_tree_all_finite(updates)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(row, expected, mode):
+    if mode in row.without:
+        pytest.skip(f"Optax's own part of this row fails under {mode}")
+    link, params = row.make(), params_of()
+    steps = row.steps(params)
+    with MODES[mode]():
+        got = run(jax.jit(as_step(link, params)), jax.jit(link.init)(params), steps)
+    assert form(got) == form(expected)
+    assert_close(got, expected)
+
+
+def test_modes_of_value_and_grad_noise():
+    """With bfloat16 parameters, a traced count, and everything that can be asked for."""
+
+    def loss_fn(params, x):
+        return jnp.mean((x @ params["w"] + params["b"][:1, None]) ** 2)
+
+    def measure():
+        fn = adabatch.value_and_grad_noise(
+            loss_fn, lanes=True, coordinate_wise=True, inner_products=True
+        )
+        return jax.jit(fn)(params, groups, count=count)
+
+    params, count = params_of(jnp.bfloat16), jnp.int32(2)
+    groups = jnp.arange(48, dtype=jnp.bfloat16).reshape(3, 2, 4, 2) / 48
+    expected = measure()
+    for mode in MODES.values():
+        with mode():
+            got = measure()
+        assert form(got) == form(expected)
+        assert_close(got, expected, rtol=1e-2)

@@ -1,0 +1,101 @@
+"""The noise measured over devices is the noise of all groups together, and never silently zero."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import adabatch_jax as adabatch
+from tests.devices.eight.problem import (
+    GROUP,
+    LANES,
+    first_params,
+    flat,
+    groups_of,
+    loss_fn,
+    mesh_of,
+    on_devices,
+)
+
+LOOPS_USED = 5
+OPTIONS = {"coordinate_wise": True, "inner_products": True}
+
+
+def few_groups():
+    return jax.tree.map(lambda x: x[:LOOPS_USED], groups_of(0))
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    fn = adabatch.value_and_grad_noise(loss_fn, **OPTIONS)
+    return jax.jit(fn)(first_params(), flat(few_groups()))
+
+
+@pytest.mark.parametrize(
+    "kind", ["pmap", "shard_map checked", "shard_map unchecked", "sharded jit"]
+)
+def test_every_statistic_equals_that_of_one_device(kind, on_one_device):
+    def step(params, _, groups):
+        if kind == "sharded jit":
+            return adabatch.value_and_grad_noise(loss_fn, lanes=True, **OPTIONS)(params, groups)
+        fn = adabatch.value_and_grad_noise(loss_fn, axis_name="data", **OPTIONS)
+        return fn(params, flat(groups))
+
+    value, noise = on_devices(kind, step)(first_params(), (), few_groups())
+    assert int(noise.num_examples) == LOOPS_USED * LANES * GROUP
+    assert int(noise.num_groups) == LOOPS_USED * LANES
+    chex.assert_trees_all_close((value, noise), on_one_device, rtol=1e-4, atol=1e-6)
+
+
+def test_sizes_and_counts_may_differ_between_devices():
+    """Each device has its own traced count, and one of them has nothing at all."""
+    counts = jnp.array([1, 2, 3, 4, 5, 0, 2, 3])
+
+    def step(params, counts, groups):
+        own = counts[jax.lax.axis_index("data")]
+        fn = adabatch.value_and_grad_noise(loss_fn, axis_name="data")
+        return fn(params, flat(groups), count=own)
+
+    used = jnp.arange(LOOPS_USED)[:, None] < counts[None, :]
+    sizes = jnp.where(used, GROUP, 0).reshape(-1)
+    expected = jax.jit(adabatch.value_and_grad_noise(loss_fn))(
+        first_params(), flat(few_groups()), sizes=sizes
+    )
+    assert int(expected[1].num_groups) == 20
+    for kind in ("pmap", "shard_map checked", "shard_map unchecked"):
+        found = on_devices(kind, step)(first_params(), counts, few_groups())
+        chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_trap_of_the_varying_check(on_one_device):
+    """With the check on, gradients arrive summed: their scatter is 0, to rounding. Ours is not."""
+
+    def naive(params, _, groups):
+        gradient = jax.grad(loss_fn)(params, jax.tree.map(lambda x: x[0, 0], groups))
+        gradient = jax.lax.pcast(gradient, "data", to="varying")
+        mean = jax.lax.pmean(gradient, "data")
+        squares = jax.tree.map(lambda g, m: jnp.sum((g - m) ** 2), gradient, mean)
+        return GROUP * jax.lax.psum(sum(jax.tree.leaves(squares)), "data")
+
+    def ours(params, _, groups):
+        fn = adabatch.value_and_grad_noise(loss_fn, axis_name="data")
+        return fn(params, flat(groups))[1].scatter
+
+    one_loop = jax.tree.map(lambda x: x[:1], few_groups())
+    arguments = first_params(), (), one_loop
+    _, noise = jax.jit(adabatch.value_and_grad_noise(loss_fn))(first_params(), flat(one_loop))
+    true = float(noise.scatter)
+    assert true > 1.0
+    assert float(on_devices("shard_map checked", naive)(*arguments)) < 1e-9
+    assert float(on_devices("shard_map checked", ours)(*arguments)) == pytest.approx(true, rel=1e-5)
+
+
+def test_groups_that_are_the_same_on_all_devices_are_refused():
+    def step(params, groups):
+        return adabatch.value_and_grad_noise(loss_fn, axis_name="data")(params, flat(groups))
+
+    mapped = jax.shard_map(step, mesh=mesh_of(8), in_specs=jax.P(), out_specs=jax.P())
+    with pytest.raises(ValueError, match="groups is the same on all devices of axis 'data'"):
+        jax.jit(mapped)(first_params(), few_groups())
