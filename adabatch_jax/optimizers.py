@@ -127,7 +127,7 @@ def adadagrad(
       >>> round(float(updates), 4), int(adabatch.get_batch_size(state))
       (0.1, 28)
 
-    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, algorithm 1; AdaGrad: Duchi, Hazan, Singer (2011).
+    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (AdAdaGrad); AdaGrad: Duchi, Hazan, Singer (2011).
     """
     _validate.between(
         "adadagrad",

@@ -111,7 +111,7 @@ def adapt_batch_size(
       >>> int(get_batch_size(state))
       160
 
-    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, algorithm 1; smoothing, de-biasing and
+    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (AdAdaGrad); smoothing, de-biasing and
     `monotone=False` are ours.
     """
     criterion = _as_criterion(criterion, debias)

@@ -41,7 +41,7 @@ def norm_test(eta: Any) -> Criterion:
       >>> float(norm_test(0.5)(noise))  # 10 / (0.25 · 25)
       1.600000023841858
 
-    Source: Byrd, Chin, Nocedal, Wu (2012); Lau, Liu, Kolar (2024), arXiv 2402.11215, section 3.
+    Source: Byrd, Chin, Nocedal, Wu (2012); Lau, Liu, Kolar (2024), arXiv 2402.11215 (norm test).
     """
     _validate.positive("norm_test", eta=eta)
 
@@ -86,7 +86,7 @@ def coordinate_norm_test(eta: Any, *, quantile: float = 0.9, floor: float = 0.1)
       >>> float(coordinate_norm_test(1.0)(noise))  # the largest of 2/1, 1/4 and 0/0
       2.0
 
-    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, section 3; quantile and floor are ours.
+    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (coordinate-wise test); quantile and floor are ours.
     """
     _validate.positive("coordinate_norm_test", eta=eta, quantile=quantile)
     _validate.between("coordinate_norm_test", 0.0, 1.0, closed=True, quantile=quantile)
@@ -147,7 +147,7 @@ def inner_product_test(theta: Any) -> Criterion:
       >>> float(inner_product_test(0.5)(noise))  # 4 / (0.25 · 2²)
       4.0
 
-    Source: Bollapragada, Byrd, Nocedal (2018), arXiv 1710.11258, section 2 (inner product test).
+    Source: Bollapragada, Byrd, Nocedal (2018), arXiv 1710.11258 (inner product test).
     """
     _validate.positive("inner_product_test", theta=theta)
 
@@ -185,7 +185,7 @@ def augmented_inner_product_test(theta: Any, nu: Any) -> Criterion:
       >>> float(augmented_inner_product_test(0.5, 0.5)(noise))  # max(4 / 1, (10 − 2) / 0.5)
       16.0
 
-    Source: Bollapragada, Byrd, Nocedal (2018), arXiv 1710.11258, section 2 (orthogonality test).
+    Source: Bollapragada, Byrd, Nocedal (2018), arXiv 1710.11258 (orthogonality test).
     """
     _validate.positive("augmented_inner_product_test", theta=theta, nu=nu)
 

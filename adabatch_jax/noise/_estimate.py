@@ -100,7 +100,7 @@ def value_and_grad_noise(
       >>> int(half.num_examples), float(half.mean)
       (2, -2.0)
 
-    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, section 3 (tests); Chan, Golub, LeVeque (1983)
+    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (tests); Chan, Golub, LeVeque (1983)
     (accumulation).
     """
     _validate.positive_int("value_and_grad_noise", vectorize=vectorize)

@@ -38,7 +38,7 @@ class GradientNoise(NamedTuple):
       >>> float(noise.trace), float(noise.squared_norm)
       (2.0, 1.0)
 
-    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, section 3, for the statistics; the unequal
+    Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, for the statistics; the unequal
     group sizes are the standard one-way analysis of variance.
     """
 
