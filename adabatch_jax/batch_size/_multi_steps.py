@@ -16,8 +16,6 @@ from adabatch_jax.noise._gradient_noise import blend, pool_noise
 from adabatch_jax.noise._tree import cast_like, squared_norm, widen
 
 PyTree = Any
-# Devices that hold the same averaged gradient differ by nothing, or by the order of a reduction.
-_SAME_GRADIENT = 1e-12  # squared relative difference in float32
 
 
 class AdaptiveMultiStepsState(NamedTuple):
@@ -73,7 +71,8 @@ def adaptive_multi_steps(
       axis_name: name, or names, of the device axis under `pmap` or `shard_map`: hand in each
         device's *own* gradient and loss, neither averaged nor summed. Gradients that somebody
         averaged already are recognised (no scatter at all between devices): the batch size is then
-        held and `metrics` counts `averaged_gradients`. With `noise=` the noise must be merged over
+        held and `metrics` counts `averaged_gradients`. A mean over one of two axes alone shows only
+        to shard_map's varying check. With `noise=` the noise must be merged over
         the devices already, as `value_and_grad_noise(..., axis_name=...)` does.
       coordinate_wise: also keep per-coordinate scatter, for `coordinate_norm_test`.
 
@@ -157,7 +156,9 @@ def adaptive_multi_steps(
 
         averaged = state.averaged_gradient
         if noise is None and devices > 1 and not checked_axes(axes):
-            alike = found.scatter <= _SAME_GRADIENT * found.num_examples * found.squared_norm
+            # Devices that hold the same gradient differ by the rounding of a mean over them.
+            rounding = 1e-12 + 1e-16 * devices**2  # squared and relative, float32
+            alike = found.scatter <= rounding * found.num_examples * found.squared_norm
             averaged = averaged | (alike & (found.num_groups > 1) & (found.squared_norm > 0))
 
         emit = joint.num_examples >= get_batch_size(state.inner_opt_state)

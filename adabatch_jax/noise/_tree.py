@@ -12,7 +12,8 @@ PyTree = Any
 
 def wide(dtype: Any) -> Any:
     """The dtype in which statistics of `dtype` are kept: at least float32."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+    inexact = jnp.issubdtype(dtype, jnp.inexact)
+    return dtype if inexact and jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def widen(tree: PyTree) -> PyTree:
