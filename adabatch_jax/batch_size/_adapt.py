@@ -62,7 +62,8 @@ def adapt_batch_size(
     tests always judge the whole gradient.
 
     `update` reads `noise=` (a `GradientNoise`, measured before any clipping) and `hold_batch_size=`
-    (bool, may be traced: skip the test); other extra arguments are ignored.
+    (bool, may be traced: skip the test), and `emit=` from `adaptive_multi_steps`; other extra arguments
+    are ignored.
 
     Args:
       criterion: a criterion such as `norm_test(0.5)`, or any function from `GradientNoise` to a
@@ -223,6 +224,7 @@ def adapt_batch_size(
         *,
         noise: GradientNoise | None = None,
         hold_batch_size: Any = False,
+        emit: Any = True,
         **extra_args: Any,
     ) -> tuple[PyTree, AdaptBatchSizeState]:
         del params, extra_args
@@ -244,7 +246,9 @@ def adapt_batch_size(
 
         if criterion.coordinate_wise:
             noise = _without_masked(noise, updates)
-        tested = jax.lax.cond(due & ~hold & ~full, test, skip, noise, state)
+        # Without `emit` the batch is not complete, and adaptive_multi_steps drops what we return.
+        complete = jnp.asarray(emit).astype(bool)
+        tested = jax.lax.cond(due & complete & ~hold & ~full, test, skip, noise, state)
         return updates, state._replace(
             examples_clock=advance(state.examples_clock, noise.num_examples),
             updates_seen=optax.safe_increment(state.updates_seen),
@@ -264,13 +268,12 @@ def _as_criterion(criterion: Any, debias: bool) -> Criterion:
             "adapt_batch_size: debias=True needs a criterion with a denominator such as "
             f"norm_test(eta), got the plain function {criterion!r}"
         )
-    one, zero = jnp.ones, jnp.zeros
-    return Criterion(
-        getattr(criterion, "__name__", "criterion"),
-        lambda noise: Evidence(
-            jnp.asarray(criterion(noise)).astype(jnp.float32), one(()), zero(())
-        ),
-    )
+
+    def evidence(noise: GradientNoise) -> Evidence:
+        required = jnp.asarray(criterion(noise)).astype(jnp.float32)
+        return Evidence(required, jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32))
+
+    return Criterion(getattr(criterion, "__name__", "criterion"), evidence)
 
 
 def _check_sizes(initial: Any, largest: Any, smallest: Any, multiple_of: Any) -> None:

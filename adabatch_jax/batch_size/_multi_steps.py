@@ -109,16 +109,17 @@ def adaptive_multi_steps(
     def init(params: PyTree) -> AdaptiveMultiStepsState:
         inner = optimizer.init(params)
         _check_first_batch(controller_state(inner).next_batch_size, micro_batch_size, 1, 1)
-        zeros = jax.tree.map(jnp.zeros_like, widen(params))
-        scatter = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), zeros)
+        scatter = None
+        if coordinate_wise:
+            scatter = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.float32), params)
         return AdaptiveMultiStepsState(
             emitted=jnp.zeros((), bool),
             gathered_noise=GradientNoise(
-                mean=zeros,
+                mean=jax.tree.map(jnp.zeros_like, widen(params)),
                 scatter=jnp.zeros((), jnp.float32),
                 num_examples=jnp.zeros((), jnp.int32),
                 num_groups=jnp.zeros((), jnp.int32),
-                coordinate_scatter=scatter if coordinate_wise else None,
+                coordinate_scatter=scatter,
             ),
             gathered_value=jnp.zeros((), jnp.float32),
             micro_batches=jnp.zeros((), jnp.int32),
