@@ -203,7 +203,7 @@ def adaptive_multi_steps(
 def _measure(
     updates: PyTree, value: Any, size: int, coordinate_wise: bool, axes: tuple[str, ...]
 ) -> tuple[GradientNoise, jax.Array, jax.Array]:
-    """The micro-batch as one group, or one per device; without those that are not finite."""
+    """The micro-batch as one group, or one per device; those that are not finite have no examples."""
     checked = checked_axes(axes)
     same = sorted(checked - varying_axes(updates))
     if same:
@@ -217,7 +217,7 @@ def _measure(
     wide = widen(updates)
     finite = jnp.isfinite(squared_norm(wide))
     alone = GradientNoise(
-        mean=jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), wide),
+        mean=wide,  # NaN and all: a merge ignores a side without examples
         scatter=jnp.zeros((), jnp.float32),
         num_examples=jnp.where(finite, size, 0).astype(jnp.int32),
         num_groups=finite.astype(jnp.int32),
