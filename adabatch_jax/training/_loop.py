@@ -27,6 +27,7 @@ from adabatch_jax.training._step import CompiledSteps, make_evaluation, make_ste
 
 PyTree = Any
 MAX_SKIPPED_IN_A_ROW = 10
+EVIDENCE = ("noise_numerator", "noise_denominator", "required_batch_size")
 COLUMNS = (
     "step",
     "examples",
@@ -114,6 +115,8 @@ def run_steps(
         row.update({k: v for k, v in report.items() if k in COLUMNS})
         row.update(next_batch_size=next_batch_size, seconds=time.perf_counter() - start)
         row["skipped"] = int(row["skipped"])
+        if row["skipped"]:  # the state is that of the step before, and so is its evidence
+            row.update(dict.fromkeys(EVIDENCE, np.float32(np.nan)))
         if row["test_status"] == adabatch.BatchSizeStatus.AT_MAXIMUM:
             row["noise_scale"] = np.float32(np.nan)  # the last one measured, no longer this step's
         skipped_in_a_row = skipped_in_a_row + 1 if row["skipped"] else 0

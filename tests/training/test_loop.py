@@ -123,6 +123,18 @@ def test_a_run_that_diverges_stops_with_a_message(digits, monkeypatch):
     assert all(r["batch_size"] == 16 for r in rows)
 
 
+def test_one_bad_example_costs_its_batch_and_nothing_else(digits, monkeypatch):
+    inputs = digits.train_inputs.copy()
+    inputs[5] = np.nan
+    monkeypatch.setattr(loop, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
+    rows = []
+    run_steps(TrainConfig(epochs=1), digits._replace(train_inputs=inputs), rows.append)
+    (bad,) = [i for i, row in enumerate(rows) if row["skipped"]]
+    assert np.isnan(rows[bad]["required_batch_size"]), "no evidence of another step"
+    assert rows[bad]["next_batch_size"] == rows[bad]["batch_size"]
+    assert all(np.isfinite(row["loss"]) for row in rows[:bad] + rows[bad + 1 :])
+
+
 def test_a_step_that_is_not_finite_changes_nothing(digits):
     from adabatch_jax.training._optimizer import build_optimizer
 
