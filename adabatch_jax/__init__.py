@@ -24,9 +24,14 @@ from adabatch_jax.batch_size import (
     norm_test,
 )
 from adabatch_jax.learning_rate import (
+    AutowuPhase,
+    WarmupEnd,
     linear_scaling,
+    return_to_minimum,
+    scale_by_autowu,
     scale_by_batch_size,
     scale_by_example_schedule,
+    scale_by_improved_autowu,
     sqrt_scaling,
 )
 from adabatch_jax.noise import GradientNoise, merge_noise, split_groups, value_and_grad_noise
@@ -38,10 +43,12 @@ except PackageNotFoundError:  # a checkout on the path that was never installed
     __version__ = "0.0.0"
 
 __all__ = [
+    "AutowuPhase",
     "BatchSizeStatus",
     "Criterion",
     "Evidence",
     "GradientNoise",
+    "WarmupEnd",
     "adadagrad",
     "adadagrad_norm",
     "adapt_batch_size",
@@ -56,9 +63,12 @@ __all__ = [
     "merge_noise",
     "metrics",
     "norm_test",
+    "return_to_minimum",
     "scale_by_adagrad_norm",
+    "scale_by_autowu",
     "scale_by_batch_size",
     "scale_by_example_schedule",
+    "scale_by_improved_autowu",
     "split_groups",
     "sqrt_scaling",
     "value_and_grad_noise",

@@ -34,6 +34,7 @@ ONLY_IN_EXTRAS = {
     *("chex", "flax", "grain", "matplotlib", "orbax", "rich", "sklearn", "tyro"),
     *("equinox", "hypothesis", "pytest"),
 }
+NEEDED_BY_TINYGP = {"equinox"}
 MAX_LINES = 400
 
 
@@ -185,7 +186,7 @@ import importlib.abc, sys
 
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {sorted(ONLY_IN_EXTRAS)!r}:
+        if name.split(".")[0] in {sorted(ONLY_IN_EXTRAS - NEEDED_BY_TINYGP)!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())

@@ -3,14 +3,32 @@
 * `scale_by_batch_size` lets the learning rate follow the batch size by a rule: `linear_scaling`,
   `sqrt_scaling`.
 * `scale_by_example_schedule` applies a schedule over examples instead of steps.
+* `scale_by_autowu` finds the learning rate by itself: it warms up until the loss has passed its
+  minimum, goes back to the rate there, and decays. `scale_by_improved_autowu` is the form to start
+  with, and `return_to_minimum` around the optimizer takes the parameters back as well.
+
+AutoWU smooths the losses with a Gaussian process, in one of two ways. "rbf" is the paper's: a very
+smooth kernel of fixed length, fitted to 100 and conditioned on 500 random losses, five times.
+"quasisep" has a Matérn-5/2 kernel that learns its length, is conditioned on all losses in linear
+time, and leaves nothing to chance. `_minimum.py` says what both are asked, `_rbf.py` and
+`_quasisep.py` how they answer, `_autowu.py` what is done with the answer.
 """
 
+from adabatch_jax.learning_rate._autowu import scale_by_autowu
+from adabatch_jax.learning_rate._autowu_state import AutowuPhase, WarmupEnd
+from adabatch_jax.learning_rate._improved import scale_by_improved_autowu
+from adabatch_jax.learning_rate._return import return_to_minimum
 from adabatch_jax.learning_rate._scaling import linear_scaling, scale_by_batch_size, sqrt_scaling
 from adabatch_jax.learning_rate._schedule import scale_by_example_schedule
 
 __all__ = [
+    "AutowuPhase",
+    "WarmupEnd",
     "linear_scaling",
+    "return_to_minimum",
+    "scale_by_autowu",
     "scale_by_batch_size",
     "scale_by_example_schedule",
+    "scale_by_improved_autowu",
     "sqrt_scaling",
 ]

@@ -1,0 +1,79 @@
+"""The state of `scale_by_autowu`, and what it tells."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adabatch_jax.learning_rate._loss_history import LossHistory
+
+
+class AutowuPhase(enum.IntEnum):
+    """Where the schedule stood at the last update: `metrics(opt_state)["phase"]`.
+
+    Example:
+      >>> AutowuPhase(2).name
+      'DECAY'
+    """
+
+    WARMUP = 0
+    HOLD = 1
+    DECAY = 2
+
+
+class WarmupEnd(enum.IntEnum):
+    """Why the warm-up ended: `metrics(opt_state)["warmup_end"]`.
+
+    Example:
+      >>> WarmupEnd(1).name
+      'MINIMUM_PASSED'
+    """
+
+    RUNNING = 0  # it has not
+    MINIMUM_PASSED = 1  # the loss has passed its minimum: back to the rate there
+    AT_LIMIT = 2  # no minimum seen: on with the last rate
+    DIVERGED = 3  # the loss exploded or was not finite: back to the rate at the minimum
+    NO_FINITE_LOSS = 4  # at the limit without a single finite loss: nothing is known
+    NO_WARMUP = 5  # max_warmup_fraction = 0
+
+
+class ScaleByAutowuState(NamedTuple):
+    """State of `scale_by_autowu`: of fixed size."""
+
+    autowu_learning_rate: jax.Array  # float32: the rate last applied
+    autowu_phase: jax.Array  # int32: AutowuPhase of that step
+    warmup_end: jax.Array  # int32: WarmupEnd
+    peak_learning_rate: jax.Array  # float32: after the warm-up; 0 before
+    peak_position: jax.Array  # float32: where the warm-up ended, in units of the clock
+    autowu_clock: jax.Array  # uint32 [2]: steps or examples so far
+    first_increment: jax.Array  # int32: examples of the first step (1 for the steps clock)
+    since_test: jax.Array  # uint32: steps or examples since a test was last due
+    loss_history: LossHistory
+    loss_level: tuple[jax.Array, ...]  # what divergence is told from; () if it is not watched
+    smoother_state: Any
+    draw_key: jax.Array  # PRNG key of the draws
+    yes_in_a_row: jax.Array  # int32: tests in a row that said the minimum is past
+    minimum_probability: jax.Array  # float32: of the last test, mean over its draws
+    minimum_location: jax.Array  # float32: the same, in [0, 1] of the series so far
+    tests_made: jax.Array  # int32
+    failed_draws: jax.Array  # int32: draws whose factorisation failed: "no" votes
+    nonfinite_losses: jax.Array  # int32: left out
+
+    def report_metrics(self) -> dict[str, Any]:
+        """The numbers that `adabatch.metrics` shows."""
+        tested = self.tests_made > 0
+        ended = self.warmup_end != WarmupEnd.RUNNING
+        return {
+            "learning_rate": self.autowu_learning_rate,
+            "phase": self.autowu_phase,
+            "warmup_end": self.warmup_end,
+            "peak_learning_rate": jnp.where(ended, self.peak_learning_rate, jnp.nan),
+            "minimum_probability": jnp.where(tested, self.minimum_probability, jnp.nan),
+            "minimum_location": jnp.where(tested, self.minimum_location, jnp.nan),
+            "tests_made": self.tests_made,
+            "failed_draws": self.failed_draws,
+            "nonfinite_losses": self.nonfinite_losses,
+        }

@@ -1,0 +1,90 @@
+"""Has a noisy curve passed its minimum? What a smoother tells AutoWU, and the test on it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from tinygp import GaussianProcess
+
+NUM_POINTS = 500  # at which the curve is predicted, both ends of [0, 1] included
+_INFINITE = 1e10  # noise variance of a point that is not there; its root must fit into float32
+_DIFFERENCE_VARIANCE = 1e-4  # added to the variance of a difference, as the paper's code does
+
+
+class Posterior(NamedTuple):
+    """A smoothed curve at increasing points; the last point is the present."""
+
+    mean: jax.Array  # float32 [k]
+    variance: jax.Array  # float32 [k]: of the curve, without the noise of a single loss
+    last_covariance: jax.Array  # float32 [k]: with the last point
+
+
+class Draws(NamedTuple):
+    """What one test saw, draw by draw; NaN where a factorisation failed."""
+
+    probability: jax.Array  # float32 [draws]: that the minimum is past
+    location: jax.Array  # float32 [draws]: of the minimum, in [0, 1]
+
+
+class Smoother(NamedTuple):
+    """A way to smooth a series of losses: `rbf_smoother` or `quasisep_smoother`.
+
+    `test(state, x, y, count, key) -> (state, Draws)`: x (increasing, in [0, 1]) and y are float32 [n],
+    of which the first `count` are there. `posterior(state, x, y, count) -> (grid [k], Posterior)` uses
+    the hyper-parameters that the last test has set.
+    """
+
+    init: Callable[[], Any]
+    test: Callable[..., tuple[Any, Draws]]
+    posterior: Callable[..., tuple[jax.Array, Posterior]]
+
+
+def probability_past_minimum(posterior: Posterior) -> jax.Array:
+    """max over i < k of P(Xᵢ < X_k), where X_k is the curve at present.
+
+    Xᵢ − X_k is Gaussian with mean μᵢ − μ_k and variance vᵢ + v_k − 2 cᵢ.
+
+    Source: Kim et al. (2021), arXiv 2107.05855, section 2.
+    """
+    mean, variance, covariance = posterior
+    difference = variance[:-1] + variance[-1] - 2.0 * covariance[:-1] + _DIFFERENCE_VARIANCE
+    rise = mean[-1] - mean[:-1]
+    return jax.scipy.stats.norm.cdf(jnp.max(rise / jnp.sqrt(difference))).astype(jnp.float32)
+
+
+def draw(grid: jax.Array, posterior: Posterior) -> Draws:
+    """Probability and location from one posterior."""
+    location = grid[jnp.argmin(posterior.mean)]
+    failed = ~jnp.isfinite(posterior.mean).all()
+    return Draws(
+        probability=probability_past_minimum(posterior),
+        location=jnp.where(failed, jnp.nan, location).astype(jnp.float32),
+    )
+
+
+def posterior_on_grid(
+    kernel: Any, x: jax.Array, y: jax.Array, noise: jax.Array, here: jax.Array, mean: jax.Array
+) -> tuple[jax.Array, Posterior]:
+    """A Gaussian process given y [n] at x [n] with noise variances `noise`, where `here`.
+
+    Of the posterior covariance at the 500 points only the diagonal and the last column are formed:
+    with L Lᵀ = K + N and A = L⁻¹ k(x, ·), v = k(·, ·) − Σ A² and c = k(·, last) − Aᵀ A[:, last].
+    """
+    grid = jnp.linspace(0.0, 1.0, NUM_POINTS, dtype=jnp.float32)
+    noise = jnp.where(here, noise, _INFINITE).astype(jnp.float32)
+    process = GaussianProcess(kernel, x, diag=noise, mean=mean)
+    residual = jnp.where(here, y - mean, 0.0)
+    solved = process.solver.solve_triangular(jnp.column_stack([residual, kernel(x, grid)]))
+    weights, known = solved[:, 0], solved[:, 1:]
+    project = functools.partial(jnp.matmul, known.T, precision=jax.lax.Precision.HIGHEST)
+    prior = kernel(grid, grid[-1:])[:, 0]
+    posterior = Posterior(
+        mean=mean + project(weights),
+        variance=jnp.maximum(prior[-1] - jnp.sum(jnp.square(known), axis=0), 0.0),
+        last_covariance=prior - project(known[:, -1]),
+    )
+    return grid, jax.tree.map(lambda v: v.astype(jnp.float32), posterior)

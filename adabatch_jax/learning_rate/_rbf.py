@@ -1,0 +1,133 @@
+"""The paper's Gaussian process: a smooth (RBF) kernel, fitted to and conditioned on random losses."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tinygp import kernels
+
+from adabatch_jax.learning_rate._minimum import (
+    Draws,
+    Posterior,
+    Smoother,
+    draw,
+    posterior_on_grid,
+)
+
+_LENGTH_SCALE = 0.2
+_NOISE_FLOOR = 1e-4
+_FIRST_NOISE = 1e-3
+_FIT_STEPS = 100
+_FIT_RATE = 0.01
+_FIT_SIZE = 100  # losses, at most, that the hyper-parameters are fitted to
+_DRAW_SIZE = 500  # losses, at most, behind one prediction
+_NUM_DRAWS = 5
+
+
+class RbfFit(NamedTuple):
+    """Hyper-parameters, two of them before softplus, and Adam's state: they carry over between tests."""
+
+    parameters: tuple[jax.Array, ...]  # raw outputscale, raw noise, mean
+    adam: optax.OptState
+
+
+def rbf_smoother() -> Smoother:
+    """Constant mean + outputscale · exp(−½ (Δx / 0.2)²) + noise, as in the paper.
+
+    Each test sets the mean to that of the losses and makes 100 Adam steps (rate 0.01) on the
+    negative log marginal likelihood per point of at most 100 random losses, then conditions on at
+    most 500 random losses, five times. With fewer losses nothing is random.
+
+    Source: Kim et al. (2021), arXiv 2107.05855, section 2 and the authors' code.
+    """
+    return Smoother(_init, _test, _posterior)
+
+
+def _init() -> RbfFit:
+    raw_noise = np.log(np.expm1(_FIRST_NOISE - _NOISE_FLOOR))
+    start = tuple(jnp.asarray(np.float32(x)) for x in (0.0, raw_noise, 0.0))
+    return RbfFit(start, optax.adam(_FIT_RATE).init(start))
+
+
+def _noise(raw: jax.Array) -> jax.Array:
+    return _NOISE_FLOOR + jax.nn.softplus(raw)
+
+
+def _choose(key: jax.Array, length: int, count: jax.Array, size: int) -> jax.Array:
+    """`size` random numbers below `count`, or all of them where there are not more; increasing."""
+    if size >= length:
+        return jnp.arange(length)
+    score = jnp.where(jnp.arange(length) < count, jax.random.uniform(key, (length,)), -1.0)
+    return jnp.sort(jax.lax.top_k(score, size)[1])
+
+
+def _test(
+    state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array, key: jax.Array
+) -> tuple[RbfFit, Draws]:
+    fit_key, *draw_keys = jax.random.split(key, 1 + _NUM_DRAWS)
+    total = jnp.sum(jnp.where(jnp.arange(x.shape[0]) < count, y, 0.0))
+    mean = total / jnp.maximum(count, 1).astype(jnp.float32)
+    state = state._replace(parameters=(*state.parameters[:2], mean))
+    chosen = _choose(fit_key, x.shape[0], count, _FIT_SIZE)
+    state = _fit(state, x[chosen], y[chosen], count)
+
+    def one(last: Draws, key: jax.Array) -> tuple[Draws, Draws]:
+        def fresh() -> Draws:
+            chosen = _choose(key, x.shape[0], count, _DRAW_SIZE)
+            return draw(*_posterior(state, x[chosen], y[chosen], count))
+
+        # With no more losses than a draw takes, all draws are the same.
+        differs = (count > _DRAW_SIZE) | (last.probability < 0)
+        result = jax.lax.cond(differs, fresh, lambda: last)
+        return result, result
+
+    none = Draws(*(jnp.asarray(np.float32(x)) for x in (-1.0, 0.0)))
+    return state, jax.lax.scan(one, none, jnp.stack(draw_keys))[1]
+
+
+def _fit(state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array) -> RbfFit:
+    """Adam on the negative log marginal likelihood per point.
+
+    Inputs and length scale stay put, so one eigendecomposition of the unit kernel, K = U Λ Uᵀ, makes
+    each step O(n): outputscale · Λ + noise is diagonal in that basis. A point that is not there has a
+    row and a column of zeros: an eigenvalue 0, whose part of the likelihood is taken out again.
+    """
+    here = (jnp.arange(x.shape[0]) < count).astype(jnp.float32)
+    n = jnp.maximum(jnp.sum(here), 1.0)
+    unit = kernels.ExpSquared(_LENGTH_SCALE)(x, x) * here[:, None] * here[None, :]
+    eigenvalues, basis = jnp.linalg.eigh(unit.astype(jnp.float32))
+    eigenvalues = jnp.maximum(eigenvalues, 0.0)
+    rotate = functools.partial(jnp.matmul, basis.T, precision=jax.lax.Precision.HIGHEST)
+    y_rotated, one_rotated = rotate(jnp.where(here > 0, y, 0.0)), rotate(here)
+
+    def loss(parameters: tuple[jax.Array, ...]) -> jax.Array:
+        raw_outputscale, raw_noise, mean = parameters
+        noise = _noise(raw_noise)
+        diagonal = jax.nn.softplus(raw_outputscale) * eigenvalues + noise
+        misfit = jnp.sum(jnp.square(y_rotated - mean * one_rotated) / diagonal)
+        volume = jnp.sum(jnp.log(diagonal)) - (x.shape[0] - n) * jnp.log(noise)
+        return 0.5 * (misfit + volume) / n
+
+    optimizer = optax.adam(_FIT_RATE)
+
+    def step(_: Any, carry: Any) -> Any:
+        parameters, adam = carry
+        updates, adam = optimizer.update(jax.grad(loss)(parameters), adam)
+        return optax.apply_updates(parameters, updates), adam
+
+    fitted, adam = jax.lax.fori_loop(0, _FIT_STEPS, step, tuple(state))
+    return RbfFit(fitted, adam)
+
+
+def _posterior(
+    state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array
+) -> tuple[jax.Array, Posterior]:
+    raw_outputscale, raw_noise, mean = state.parameters
+    kernel = jax.nn.softplus(raw_outputscale) * kernels.ExpSquared(_LENGTH_SCALE)
+    noise = jnp.broadcast_to(_noise(raw_noise), x.shape)
+    return posterior_on_grid(kernel, x, y, noise, jnp.arange(x.shape[0]) < count, mean)

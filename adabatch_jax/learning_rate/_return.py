@@ -1,0 +1,167 @@
+"""`return_to_minimum`: when the warm-up ends, go on from the parameters that it was best with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adabatch_jax.learning_rate._autowu_state import ScaleByAutowuState, WarmupEnd
+
+PyTree = Any
+_PRESENT = 0.98  # from here on in [0, 1] a minimum counts as lying at present
+
+
+class ReturnToMinimumState(NamedTuple):
+    """State of `return_to_minimum`: a second set of parameters and moments."""
+
+    snapshots_taken: jax.Array  # int32
+    snapshot_params: PyTree
+    snapshot_moments: PyTree  # the parts of the optimizer state that go back with them
+    inner_returning_state: PyTree
+
+    def report_metrics(self) -> dict[str, Any]:
+        """The numbers that `adabatch.metrics` shows."""
+        return {"snapshots_taken": self.snapshots_taken}
+
+
+def return_to_minimum(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Goes back to the parameters of the minimum when AutoWU's warm-up ends past it.
+
+    AutoWU notices that the loss has passed its minimum some tests after it has, and in between a
+    learning rate that is too large damages the parameters. This wrapper keeps a snapshot of them,
+    taken at the last test of the warm-up whose minimum lay at present. When the warm-up ends because
+    the minimum is past or the loss diverged, the updates lead back there: `params + updates` is
+    the snapshot to the rounding of one addition. Moments of the direction (any state that holds
+    floating-point numbers, with the counts that correct their bias) go back as well; batch-size
+    controller, schedule, clocks, PRNG keys and injected hyperparameters stay.
+
+    It must be outermost, because later links would distort the way back; only
+    `adaptive_multi_steps` may stand around it. The memory is that of one more set of parameters and
+    moments.
+
+    Args:
+      optimizer: contains one `scale_by_autowu`, best with tests as fine as those of
+        `scale_by_improved_autowu`.
+
+    Returns:
+      A `GradientTransformationExtraArgs` whose `update` needs `params`. Under
+      `optax.inject_hyperparams` `optimizer` belongs to static_args.
+
+    Raises:
+      ValueError: `optimizer` holds no `scale_by_autowu`, or several; at trace time, a missing `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import adabatch_jax as adabatch
+      >>> optimizer = adabatch.return_to_minimum(optax.chain(
+      ...     optax.scale_by_adam(), adabatch.scale_by_improved_autowu(total_steps=1000)))
+      >>> params = jnp.ones(2)
+      >>> state = optimizer.init(params)
+      >>> updates, state = optimizer.update(params, state, params, value=jnp.array(2.3))
+
+    Source: ours.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init(params: PyTree) -> ReturnToMinimumState:
+        inner = optimizer.init(params)
+        _schedule(inner)
+        return ReturnToMinimumState(
+            snapshots_taken=jnp.zeros((), jnp.int32),
+            snapshot_params=jax.tree.map(jnp.copy, params),
+            snapshot_moments=jax.tree.map(jnp.copy, _moments(inner)),
+            inner_returning_state=inner,
+        )
+
+    def update(
+        updates: PyTree,
+        state: ReturnToMinimumState,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ReturnToMinimumState]:
+        if params is None:
+            raise ValueError(
+                "return_to_minimum keeps a snapshot of the parameters: call "
+                "optimizer.update(gradient, state, params, value=loss)"
+            )
+        before = state.inner_returning_state
+        updates, after = optimizer.update(updates, before, params, **extra_args)
+        old, new = _schedule(before), _schedule(after)
+        # Told from what changed in this very call: adaptive_multi_steps may drop what it did.
+        rising = new.warmup_end == WarmupEnd.RUNNING
+        best = (new.tests_made > old.tests_made) & rising & (new.minimum_location >= _PRESENT)
+        past = (new.warmup_end == WarmupEnd.MINIMUM_PASSED) | (new.warmup_end == WarmupEnd.DIVERGED)
+        back = (old.warmup_end == WarmupEnd.RUNNING) & past
+
+        def choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:
+            return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
+
+        # The loss that was lowest is that of the parameters before this step.
+        way_back = jax.tree.map(
+            lambda s, p, u: (s - p).astype(u.dtype), state.snapshot_params, params, updates
+        )
+        moments = choose(back, state.snapshot_moments, _moments(after))
+        return choose(back, way_back, updates), ReturnToMinimumState(
+            snapshots_taken=state.snapshots_taken + best.astype(jnp.int32),
+            snapshot_params=choose(best, params, state.snapshot_params),
+            snapshot_moments=choose(best, _moments(before), state.snapshot_moments),
+            inner_returning_state=_with_moments(after, moments),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _schedule(opt_state: PyTree) -> ScaleByAutowuState:
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, ScaleByAutowuState)
+
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"return_to_minimum: the optimizer must hold one scale_by_autowu, found {len(found)}"
+        )
+    return found[0]
+
+
+def _map_moments(change: Callable[[Any], Any], opt_state: Any) -> Any:
+    """`change` applied to every state of a direction; the others as they are.
+
+    A state with fields named inner_… is a wrapper, and only those fields are searched. Every other
+    state that holds floating-point numbers belongs to the direction, unless it reports metrics.
+    """
+    if isinstance(opt_state, dict):
+        return {k: _map_moments(change, v) for k, v in opt_state.items()}
+    if not isinstance(opt_state, tuple):
+        return opt_state
+    fields = getattr(opt_state, "_fields", None)
+    if fields is None:  # optax.chain
+        return tuple(_map_moments(change, part) for part in opt_state)
+    inner = [name for name in fields if name.startswith("inner_")]
+    if inner:
+        parts = {name: _map_moments(change, getattr(opt_state, name)) for name in inner}
+        return type(opt_state)(*(parts.get(k, v) for k, v in zip(fields, opt_state, strict=True)))
+    inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(opt_state)]
+    is_moments = any(inexact) and not hasattr(type(opt_state), "report_metrics")
+    return change(opt_state) if is_moments else opt_state
+
+
+def _moments(opt_state: PyTree) -> list[Any]:
+    found: list[Any] = []
+
+    def note(state: Any) -> Any:
+        found.append(state)
+        return state
+
+    _map_moments(note, opt_state)
+    return found
+
+
+def _with_moments(opt_state: PyTree, moments: list[Any]) -> PyTree:
+    left = iter(moments)
+    return _map_moments(lambda _: next(left), opt_state)
