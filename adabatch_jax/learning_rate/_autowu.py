@@ -10,12 +10,12 @@ import numpy as np
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax.learning_rate._autowu_plan import Plan, read_clock
 from adabatch_jax.learning_rate._autowu_state import AutowuPhase, ScaleByAutowuState, WarmupEnd
 from adabatch_jax.learning_rate._divergence import LossLevel, follow, no_level
 from adabatch_jax.learning_rate._loss_history import empty_history, record
 from adabatch_jax.learning_rate._minimum import Smoother
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
-from adabatch_jax.learning_rate._rate_curve import DECAYS, WARMUPS, Decay, interpolate
 from adabatch_jax.learning_rate._rbf import rbf_smoother
 from adabatch_jax.noise import GradientNoise
 from adabatch_jax.noise._axes import AxisName, axis_tuple, checked_axes, to_varying
@@ -43,7 +43,8 @@ def scale_by_autowu(
     hold_factor: Any = 1.0,
     max_losses: int = 4096,
     smoother: str = "rbf",
-    divergence_factor: Any = None,
+    at_limit: str = "last",
+    watch_divergence: bool = False,
     seed: int = 0,
     axis_name: AxisName = None,
     flip_sign: bool = True,
@@ -88,9 +89,12 @@ def scale_by_autowu(
         in pairs. The steps clock keeps every loss of the warm-up.
       smoother: "rbf", the paper's (random subsets of the losses), or "quasisep" (all of them; see
         the guide of `adabatch_jax.learning_rate`).
-      divergence_factor: None: do not watch for divergence. Otherwise a loss that is not finite, or
-        whose average rises above first + factor · (first − lowest) + 4 standard deviations, ends the
-        warm-up at once at the rate of the minimum.
+      at_limit: what to do at W without a switch: keep the "last" rate, or go back to the rate at the
+        "minimum" of the smoothed losses even so.
+      watch_divergence: end the warm-up at once, at the rate of the minimum, when the loss is not
+        finite or its average rises further above its start than it had fallen below. After the
+        warm-up, halve the rate whenever the average gives back a quarter of what the loss had won.
+        (Average: decay 0.7; both with a margin of 4 standard deviations of the first 8 losses.)
       seed: of the random subsets; the key is kept in the state.
       axis_name: device axis, or axes, over which to average `value`. Not needed where the loss is
         that of all devices already, as from `value_and_grad_noise`.
@@ -98,8 +102,8 @@ def scale_by_autowu(
 
     Returns:
       A `GradientTransformationExtraArgs`. Under `optax.inject_hyperparams`, min_learning_rate,
-      max_learning_rate, confidence, hold_factor and divergence_factor may be injected; every other
-      argument belongs to static_args.
+      max_learning_rate, confidence and hold_factor may be injected; every other argument belongs to
+      static_args.
 
     Raises:
       ValueError: an argument out of range; not exactly one clock; a run too short for one test; at
@@ -118,126 +122,56 @@ def scale_by_autowu(
     Source: Kim, Kim, Kim, Lee, Kim (2021), arXiv 2107.05855; the examples clock, "quasisep" and the
     watch for divergence are ours.
     """
-    where = "scale_by_autowu"
-    by_steps, total, interval = _clock(
-        total_steps, steps_per_test, total_examples, examples_per_test
+    plan = Plan(
+        *read_clock(total_steps, steps_per_test, total_examples, examples_per_test),
+        min_learning_rate=min_learning_rate,
+        max_learning_rate=max_learning_rate,
+        max_warmup_fraction=max_warmup_fraction,
+        patience=patience,
+        confidence=confidence,
+        warmup=warmup,
+        warmup_unit=warmup_unit,
+        decay=decay,
+        cooldown_fraction=cooldown_fraction,
+        hold_factor=hold_factor,
+        at_limit=at_limit,
     )
-    _validate.positive(
-        where, min_learning_rate=min_learning_rate, max_learning_rate=max_learning_rate
-    )
-    _check_order(min_learning_rate, max_learning_rate)
-    fractions = dict(max_warmup_fraction=max_warmup_fraction)
-    if cooldown_fraction is not None:
-        fractions["cooldown_fraction"] = cooldown_fraction
-    _validate.between(where, 0.0, 1.0, closed=True, **fractions)
-    _validate.positive_int(where, patience=patience, max_losses=max_losses)
-    if max_losses < 16:
-        raise ValueError(f"{where}: max_losses must be at least 16, got {max_losses!r}")
-    _validate.positive(where, confidence=confidence, hold_factor=hold_factor)
-    _validate.between(where, 0.0, 1.0, confidence=confidence)
-    _validate.between(where, 0.0, 1.0, closed=True, hold_factor=hold_factor)
-    _validate.one_of(where, WARMUPS, warmup=warmup)
-    _validate.one_of(where, ("step", "epoch"), warmup_unit=warmup_unit)
-    _validate.one_of(where, DECAYS, decay=decay)
-    _validate.one_of(where, tuple(SMOOTHERS), smoother=smoother)
-    if divergence_factor is not None:
-        _validate.between(where, 0.0, float("inf"), divergence_factor=divergence_factor)
-    limit = int(max_warmup_fraction * total)
-    if warmup_unit == "epoch":
-        limit = int(max_warmup_fraction * (total / interval)) * interval
-    if max_warmup_fraction > 0 and limit <= interval:
-        unit = "steps" if by_steps else "examples"
-        raise ValueError(
-            f"{where}: total_{unit}={total} with max_warmup_fraction={max_warmup_fraction} leaves a "
-            f"warm-up of {limit} {unit}, too short for one test after {unit}_per_test={interval}"
-        )
+    plan.check(max_losses)
+    _validate.one_of("scale_by_autowu", tuple(SMOOTHERS), smoother=smoother)
     gp: Smoother = SMOOTHERS[smoother]()
-    curve = Decay(decay, float(total), cooldown_fraction, hold_factor, float(interval))
     axes, sign = axis_tuple(axis_name), -1.0 if flip_sign else 1.0
-    watched = divergence_factor is not None
-
-    def warmup_limit(first_increment: jax.Array) -> jax.Array:
-        """W, in units of the clock; with the examples clock a whole number of first batches."""
-        if by_steps or warmup_unit == "epoch":
-            return jnp.float32(limit)
-        unit = first_increment.astype(jnp.float32)
-        return jnp.floor(jnp.float32(max_warmup_fraction * total) / unit) * unit
-
-    def rising(position: jax.Array, top: jax.Array) -> jax.Array:
-        if warmup_unit == "epoch":
-            position = jnp.floor(position / interval) * interval
-        part = position / jnp.maximum(top, 1.0)
-        return interpolate(warmup, min_learning_rate, max_learning_rate, part)
 
     def init(params: PyTree) -> ScaleByAutowuState:
         del params
-        started = max_warmup_fraction > 0
-        end = WarmupEnd.RUNNING if started else WarmupEnd.NO_WARMUP
-        first = min_learning_rate if started else max_learning_rate
+        starts = max_warmup_fraction > 0
+        end = WarmupEnd.RUNNING if starts else WarmupEnd.NO_WARMUP
 
-        def scalar(value: Any, dtype: Any) -> jax.Array:
-            return jnp.array(value).astype(dtype)  # a buffer of its own: states are donated
+        def number(value: Any) -> jax.Array:
+            return jnp.array(value).astype(jnp.float32)
+
+        def count(value: int = 0) -> jax.Array:
+            return jnp.array(value, jnp.int32)
 
         return ScaleByAutowuState(
-            autowu_learning_rate=scalar(first, jnp.float32),
-            autowu_phase=jnp.array(int(AutowuPhase.WARMUP), jnp.int32),
-            warmup_end=jnp.array(int(end), jnp.int32),
-            peak_learning_rate=scalar(0.0 if started else max_learning_rate, jnp.float32),
-            peak_position=jnp.zeros((), jnp.float32),
+            autowu_learning_rate=number(min_learning_rate if starts else max_learning_rate),
+            autowu_phase=count(int(AutowuPhase.WARMUP)),
+            warmup_end=count(int(end)),
+            peak_learning_rate=number(0.0 if starts else max_learning_rate),
+            peak_position=number(0.0),
             autowu_clock=zero_clock(),
-            first_increment=jnp.zeros((), jnp.int32),
+            first_increment=count(),
             since_test=jnp.zeros((), jnp.uint32),
-            loss_history=empty_history(limit + 1 if by_steps else max_losses),
-            loss_level=no_level() if watched else (),
+            loss_history=empty_history(plan.limit + 1 if plan.by_steps else max_losses),
+            loss_level=no_level() if watch_divergence else (),
             smoother_state=gp.init(),
             draw_key=jax.random.PRNGKey(seed),
-            yes_in_a_row=jnp.zeros((), jnp.int32),
-            minimum_probability=jnp.zeros((), jnp.float32),
-            minimum_location=jnp.zeros((), jnp.float32),
-            tests_made=jnp.zeros((), jnp.int32),
-            failed_draws=jnp.zeros((), jnp.int32),
-            nonfinite_losses=jnp.zeros((), jnp.int32),
-        )
-
-    def test(state: ScaleByAutowuState, end: jax.Array, diverged: jax.Array) -> dict[str, Any]:
-        """Smooth, vote, and the rate at the minimum: the branch that costs."""
-        history, rate = state.loss_history, state.autowu_learning_rate
-        key, draw_key = jax.random.split(state.draw_key)
-        # Optax and tinygp mix dtypes and ranks freely; what a user demands of his code is his affair.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            x = (history.positions / end).astype(jnp.float32)
-            fitted, draws = gp.test(
-                state.smoother_state, x, history.losses, history.entries, draw_key
-            )
-        fitted = jax.tree.map(lambda a, b: a.astype(b.dtype), fitted, state.smoother_state)
-        ok = jnp.isfinite(draws.probability) & jnp.isfinite(draws.location)
-        good = jnp.sum(ok.astype(jnp.float32))
-
-        def mean(values: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(ok, values, 0.0)) / jnp.maximum(good, 1.0)
-
-        votes = jnp.sum((ok & (draws.probability > confidence)).astype(jnp.int32))
-        yes = 2 * votes > ok.shape[0]
-        streak = jnp.where(yes, state.yes_in_a_row + 1, 0).astype(jnp.int32)
-        switch = streak >= patience
-        peak = mean(interpolate(warmup, min_learning_rate, rate, draws.location))
-        if watched:
-            assert isinstance(state.loss_level, LossLevel)
-            lowest = state.loss_level.lowest_position / end
-            fallback = interpolate(warmup, min_learning_rate, rate, lowest)
-            peak = jnp.where(good > 0, peak, fallback)
-            switch |= diverged
-        because = jnp.where(diverged, WarmupEnd.DIVERGED, WarmupEnd.MINIMUM_PASSED)
-        return dict(
-            smoother_state=fitted,
-            draw_key=key,
-            yes_in_a_row=streak,
-            minimum_probability=mean(draws.probability),
-            minimum_location=mean(draws.location),
-            tests_made=state.tests_made + 1,
-            failed_draws=state.failed_draws + jnp.sum((~ok).astype(jnp.int32)),
-            peak_learning_rate=jnp.where(switch, peak, state.peak_learning_rate),
-            warmup_end=jnp.where(switch, because, state.warmup_end).astype(jnp.int32),
+            yes_in_a_row=count(),
+            minimum_probability=number(0.0),
+            minimum_location=number(0.0),
+            tests_made=count(),
+            failed_draws=count(),
+            nonfinite_losses=count(),
+            setbacks=count(),
         )
 
     def update(
@@ -260,55 +194,75 @@ def scale_by_autowu(
         loss = jnp.asarray(value).astype(jnp.float32)
         if axes:
             loss = jax.lax.pmean(to_varying(loss, checked_axes(axes)), axes)
-        increment = _increment(by_steps, noise, num_examples)
+        increment = _increment(plan, noise, num_examples)
         first = jnp.where(state.first_increment > 0, state.first_increment, increment)
         clock = advance(state.autowu_clock, increment)
         position, end = as_float(state.autowu_clock), as_float(clock)
-        top = warmup_limit(jnp.maximum(first, 1))
         rises = state.warmup_end == WarmupEnd.RUNNING
-        factor, held = curve.factor(position, end, state.peak_position)
-        rate = jnp.where(rises, rising(position, top), state.peak_learning_rate * factor)
+
+        top = plan.top(first)
+        factor, held = plan.falling(position, end, state.peak_position)
+        rate = jnp.where(rises, plan.rising(position, top), state.peak_learning_rate * factor)
+        rate = rate.astype(jnp.float32)
         phase = jnp.where(held, int(AutowuPhase.HOLD), int(AutowuPhase.DECAY))
-        phase = jnp.where(rises, int(AutowuPhase.WARMUP), phase)
+        phase = jnp.where(rises, int(AutowuPhase.WARMUP), phase).astype(jnp.int32)
 
         finite = jnp.isfinite(loss)
         kept, diverged, level = loss, jnp.zeros((), bool), state.loss_level
-        if watched:
-            assert isinstance(level, LossLevel)
-            followed, kept, diverged = follow(level, loss, position, divergence_factor)
-            level = jax.tree.map(lambda a, b: jnp.where(rises, a, b), followed, level)
+        if isinstance(level, LossLevel):
+            level, kept, diverged = follow(level, loss, position, rises)
+        setback = diverged & ~rises & (finite | state.warmup_ended_lately())
         since = state.since_test + jnp.maximum(increment, 0).astype(jnp.uint32)
         state = state._replace(
-            autowu_learning_rate=rate.astype(jnp.float32),
-            autowu_phase=phase.astype(jnp.int32),
+            autowu_learning_rate=rate,
+            autowu_phase=phase,
+            peak_learning_rate=jnp.where(setback, 0.5, 1.0) * state.peak_learning_rate,
             autowu_clock=clock,
             first_increment=first.astype(jnp.int32),
-            since_test=since % np.uint32(interval),
+            since_test=since % np.uint32(plan.interval),
             loss_history=record(state.loss_history, kept, position, finite & rises),
             loss_level=level,
             nonfinite_losses=state.nonfinite_losses + (~finite).astype(jnp.int32),
+            setbacks=state.setbacks + setback.astype(jnp.int32),
         )
-        last = jnp.minimum(top, jnp.float32(curve.cooldown_start))
-        # Nothing to smooth: no finite loss, or one alone.
-        possible = rises & (end < last) & (state.loss_history.entries > 1)
-        complete = jnp.asarray(emit).astype(bool)
-        due = ((since >= np.uint32(interval)) | diverged) & possible & complete
-        tested = {k: getattr(state, k) for k in _TESTED}
-        tested = jax.lax.cond(due, test, lambda *_: tested, state, end, diverged)
-        state = state._replace(**tested)
 
-        ends = rises & (end >= last) & (state.warmup_end == WarmupEnd.RUNNING)
-        reason = jnp.where(
-            state.loss_history.entries > 0, int(WarmupEnd.AT_LIMIT), int(WarmupEnd.NO_FINITE_LOSS)
-        )
-        over = state.warmup_end != WarmupEnd.RUNNING
+        last = jnp.minimum(top, jnp.float32(plan.cooldown_start))
+        at_end = rises & (end >= last)
+        stop = at_end & (at_limit == "minimum")
+        diverged &= rises
+        # One loss alone has no minimum; and without `emit` the result would be dropped.
+        due = (since >= np.uint32(plan.interval)) & ~at_end
+        due = (due | diverged | stop) & rises & (state.loss_history.entries > 1)
+        due &= jnp.asarray(emit).astype(bool)
+        # The paper's x = 1 lies one step past the last loss; a smoother that does not look ahead
+        # takes the last loss for the present, and that loss answers to the rate of the step before.
+        span = end if gp.looks_ahead else jnp.maximum(position, 1.0)
+        delay = 0.0 if gp.looks_ahead else increment.astype(jnp.float32) / span
+
+        def test(state: ScaleByAutowuState) -> dict[str, Any]:
+            return _test(plan, gp, state, span, delay, diverged, stop)
+
+        def wait(state: ScaleByAutowuState) -> dict[str, Any]:
+            return {name: getattr(state, name) for name in _TESTED}
+
+        state = state._replace(**jax.lax.cond(due, test, wait, state))
+
+        # Without a test that ended it, the warm-up goes on from its last rate at the limit.
+        quits = at_end & (state.warmup_end == WarmupEnd.RUNNING)
+        known = state.loss_history.entries > 0
+        reason = jnp.where(known, int(WarmupEnd.AT_LIMIT), int(WarmupEnd.NO_FINITE_LOSS))
+        ended = jnp.where(quits, reason, state.warmup_end).astype(jnp.int32)
+        switches = rises & (ended != WarmupEnd.RUNNING)
+        level = state.loss_level
+        if isinstance(level, LossLevel):  # what exploded before the switch is over
+            level = level._replace(average=jnp.where(switches, level.lowest, level.average))
         state = state._replace(
-            warmup_end=jnp.where(ends, reason, state.warmup_end).astype(jnp.int32),
-            peak_learning_rate=jnp.where(ends, rate, state.peak_learning_rate).astype(jnp.float32),
-            peak_position=jnp.where(rises & (over | ends), end, state.peak_position),
+            warmup_end=ended,
+            peak_learning_rate=jnp.where(quits, rate, state.peak_learning_rate),
+            peak_position=jnp.where(switches, end, state.peak_position),
+            loss_level=level,
         )
-        scaled = jax.tree.map(lambda u: u * (sign * rate).astype(u.dtype), updates)
-        return scaled, state
+        return jax.tree.map(lambda u: u * (sign * rate).astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -326,41 +280,58 @@ _TESTED = (
 )
 
 
-def _clock(steps: Any, steps_per: Any, examples: Any, examples_per: Any) -> tuple[bool, int, int]:
-    """Whether steps are counted, and length of the run and of a test interval in that unit."""
-    given = {
-        "total_steps": steps,
-        "steps_per_test": steps_per,
-        "total_examples": examples,
-        "examples_per_test": examples_per,
+def _test(
+    plan: Plan,
+    gp: Smoother,
+    state: ScaleByAutowuState,
+    span: jax.Array,
+    delay: Any,
+    diverged: jax.Array,
+    stop: jax.Array,
+) -> dict[str, Any]:
+    """Smooth the losses, vote, and take the rate at the minimum: the branch that costs."""
+    history = state.loss_history
+    key, draw_key = jax.random.split(state.draw_key)
+    # Optax and tinygp mix dtypes and ranks freely; what users demand of their code is their affair.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        x = (history.positions / span).astype(jnp.float32)
+        fitted, draws = gp.test(state.smoother_state, x, history.losses, history.entries, draw_key)
+    fitted = jax.tree.map(lambda a, b: a.astype(b.dtype), fitted, state.smoother_state)
+    ok = jnp.isfinite(draws.probability) & jnp.isfinite(draws.location)
+    good = jnp.sum(ok.astype(jnp.float32))
+
+    def mean(values: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(ok, values, 0.0)) / jnp.maximum(good, 1.0)
+
+    votes = jnp.sum((ok & (draws.probability > plan.confidence)).astype(jnp.int32))
+    streak = jnp.where(2 * votes > ok.shape[0], state.yes_in_a_row + 1, 0).astype(jnp.int32)
+    past = streak >= plan.patience
+    rate, location = state.autowu_learning_rate, jnp.maximum(draws.location - delay, 0.0)
+    peak = mean(plan.between(rate, location))
+    if isinstance(state.loss_level, LossLevel):  # where the average was lowest, if no draw knows
+        lowest = plan.between(rate, state.loss_level.lowest_position / span)
+        peak = jnp.where(good > 0, peak, lowest)
+    else:
+        peak = jnp.where(good > 0, peak, rate)
+    reason = jnp.where(stop, int(WarmupEnd.AT_LIMIT), state.warmup_end)
+    reason = jnp.where(past, int(WarmupEnd.MINIMUM_PASSED), reason)
+    reason = jnp.where(diverged, int(WarmupEnd.DIVERGED), reason)
+    switch = past | diverged | stop
+    return {
+        "smoother_state": fitted,
+        "draw_key": key,
+        "yes_in_a_row": streak,
+        "minimum_probability": mean(draws.probability),
+        "minimum_location": mean(draws.location),
+        "tests_made": state.tests_made + 1,
+        "failed_draws": state.failed_draws + jnp.sum((~ok).astype(jnp.int32)),
+        "peak_learning_rate": jnp.where(switch, peak, state.peak_learning_rate),
+        "warmup_end": reason.astype(jnp.int32),
     }
-    known = {name: value for name, value in given.items() if value is not None}
-    if set(known) not in (
-        {"total_steps", "steps_per_test"},
-        {"total_examples", "examples_per_test"},
-    ):
-        raise ValueError(
-            "scale_by_autowu: give total_steps and steps_per_test, or total_examples and "
-            f"examples_per_test, got {known or 'neither'}"
-        )
-    _validate.positive_int("scale_by_autowu", **known)
-    total, interval = (int(value) for value in known.values())
-    if interval >= 2**31:
-        raise ValueError(f"scale_by_autowu: examples_per_test must be below 2**31, got {interval}")
-    return "total_steps" in known, total, interval
 
 
-def _check_order(low: Any, high: Any) -> None:
-    if any(isinstance(x, jax.Array | jax.core.Tracer) for x in (low, high)):
-        return
-    if low >= high:
-        raise ValueError(
-            f"scale_by_autowu: min_learning_rate={low!r} must be below max_learning_rate={high!r}"
-        )
-
-
-def _increment(by_steps: bool, noise: GradientNoise | None, num_examples: Any) -> jax.Array:
-    if by_steps:
+def _increment(plan: Plan, noise: GradientNoise | None, num_examples: Any) -> jax.Array:
+    if plan.by_steps:
         return jnp.ones((), jnp.int32)
     if noise is None and num_examples is None:
         raise ValueError(

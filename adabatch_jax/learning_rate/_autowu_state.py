@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax.learning_rate._loss_history import LossHistory
+from adabatch_jax.noise._clock import as_float
 
 
 class AutowuPhase(enum.IntEnum):
@@ -61,6 +62,12 @@ class ScaleByAutowuState(NamedTuple):
     tests_made: jax.Array  # int32
     failed_draws: jax.Array  # int32: draws whose factorisation failed: "no" votes
     nonfinite_losses: jax.Array  # int32: left out
+    setbacks: jax.Array  # int32: times the rate was halved after the warm-up
+
+    def warmup_ended_lately(self) -> jax.Array:
+        """Whether less time has passed since the warm-up than it took."""
+        ended = self.warmup_end != WarmupEnd.RUNNING
+        return ended & (as_float(self.autowu_clock) <= 2.0 * self.peak_position)
 
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""
@@ -76,4 +83,5 @@ class ScaleByAutowuState(NamedTuple):
             "tests_made": self.tests_made,
             "failed_draws": self.failed_draws,
             "nonfinite_losses": self.nonfinite_losses,
+            "setbacks": self.setbacks,
         }

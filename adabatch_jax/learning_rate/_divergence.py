@@ -1,14 +1,17 @@
-"""When does a loss count as exploding? Told from a running average, scale-free."""
+"""When does a loss count as exploding? Told from a running average, free of scale and offset."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 _FIRST = 8  # losses that say where the run began
-_DECAY = 0.9  # of the average that must exceed the bound: one outlier is no divergence
+_DECAY = 0.7  # of the average that must exceed the bound: one outlier is no divergence
+_WARMUP_SHARE = 2.0  # of what the loss has won that it may give back during the warm-up …
+_LATER_SHARE = 0.25  # … and after it
 _DEVIATIONS = 4.0
 
 
@@ -30,37 +33,37 @@ def no_level() -> LossLevel:
 
 
 def follow(
-    level: LossLevel, loss: jax.Array, position: jax.Array, factor: Any
+    level: LossLevel, loss: jax.Array, position: jax.Array, rises: jax.Array
 ) -> tuple[LossLevel, jax.Array, jax.Array]:
-    """The level after one more loss; that loss, clipped at the bound; and whether the run diverged.
+    """The level after one more loss; that loss, clipped at the bound; and whether it diverged.
 
-    bound = first + factor · (first − lowest) + 4 standard deviations of the first losses: beyond it
-    the loss has given back `factor` times more than all it had won. A loss that is not finite is a
-    divergence at once, unless nothing finite was seen before it.
+    bound = lowest + share · (first − lowest) + 4 standard deviations of the first losses, with share
+    2 while the learning rate rises, ¼ afterwards: what the average may give back of what it had won.
+    A loss that is not finite diverges at once, unless nothing finite was seen before it. After a
+    divergence the lowest is where the average is: the next must rise as far again.
     """
     finite = jnp.isfinite(loss)
     loss = jnp.where(finite, loss, level.average)
     early = level.seen < _FIRST
-    seen = level.seen + 1
-    n = seen.astype(jnp.float32)
+    n = (level.seen + 1).astype(jnp.float32)
     delta = loss - level.first_mean
-    mean = jnp.where(early, level.first_mean + delta / n, level.first_mean)
-    scatter = level.first_scatter + jnp.where(early, delta * (loss - mean), 0.0)
-    deviation = jnp.sqrt(scatter / jnp.maximum(jnp.minimum(n, _FIRST) - 1.0, 1.0))
-    lowest = jnp.where(level.seen == 0, loss, level.lowest)
-    bound = mean + jnp.asarray(factor).astype(jnp.float32) * (mean - lowest)
-    bound = jnp.where(early, jnp.inf, jnp.maximum(bound, mean) + _DEVIATIONS * deviation)
+    first = jnp.where(early, level.first_mean + delta / n, level.first_mean)
+    scatter = level.first_scatter + jnp.where(early, delta * (loss - first), 0.0)
+    deviation = jnp.sqrt(scatter / (jnp.clip(n, 2.0, float(_FIRST)) - 1.0))
     average = _DECAY * level.average + (1.0 - _DECAY) * loss
-    average = jnp.where(level.seen == 0, loss, average)
-    is_lowest = average <= lowest
+    average, lowest = (jnp.where(level.seen == 0, loss, x) for x in (average, level.lowest))
+    share = jnp.where(rises, _WARMUP_SHARE, _LATER_SHARE)
+    bound = lowest + share * (first - lowest) + _DEVIATIONS * deviation
+    bound = jnp.where(early, jnp.inf, bound)
+    diverged = jnp.where(finite, average > bound, level.seen > 0)
+    lowest = jnp.where(diverged & ~rises, average, jnp.minimum(lowest, average))
     after = LossLevel(
-        seen=seen.astype(jnp.int32),
-        first_mean=mean,
+        seen=optax.safe_increment(level.seen),
+        first_mean=first,
         first_scatter=scatter,
         average=average,
-        lowest=jnp.minimum(lowest, average),
-        lowest_position=jnp.where(is_lowest, position, level.lowest_position),
+        lowest=lowest,
+        lowest_position=jnp.where(average <= lowest, position, level.lowest_position),
     )
     after = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, level)
-    diverged = (finite & (average > bound)) | (~finite & (level.seen > 0))
     return after, jnp.minimum(loss, bound), diverged

@@ -9,7 +9,9 @@ import optax
 from adabatch_jax import _validate
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
 
-_DEFAULTS: dict[str, Any] = dict(smoother="quasisep", divergence_factor=1.0)
+_DEFAULTS: dict[str, Any] = dict(
+    patience=2, smoother="quasisep", at_limit="minimum", watch_divergence=True
+)
 
 
 def scale_by_improved_autowu(
@@ -25,9 +27,10 @@ def scale_by_improved_autowu(
     The paper's mode spends up to half of the run on its warm-up and tests once an epoch, three times
     in a row: the rate rises tenfold between two tests, and training has suffered when it turns back.
     Here the warm-up takes a fifth of the run at most and holds 20 tests, each on all losses
-    (`smoother="quasisep"`), and a loss that explodes or is not finite ends it at once
-    (`divergence_factor=1`). Wrap the optimizer in `return_to_minimum` to also go back to the
-    parameters of the minimum.
+    (`smoother="quasisep"`); two in a row end it (`patience=2`), at its limit it turns back to the
+    minimum too (`at_limit`), and a loss that explodes or is not finite ends it at once, and halves
+    the rate later on (`watch_divergence`). Wrap the optimizer in `return_to_minimum` to also go back
+    to the parameters of the minimum.
 
     Args:
       total_steps: optimizer steps of the run; or

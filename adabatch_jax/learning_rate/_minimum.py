@@ -41,6 +41,7 @@ class Smoother(NamedTuple):
     init: Callable[[], Any]
     test: Callable[..., tuple[Any, Draws]]
     posterior: Callable[..., tuple[jax.Array, Posterior]]
+    looks_ahead: bool  # whether x = 1 is the end of the last step; if not, it is the last loss
 
 
 def probability_past_minimum(posterior: Posterior) -> jax.Array:

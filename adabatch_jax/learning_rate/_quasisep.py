@@ -55,7 +55,7 @@ def quasisep_smoother() -> Smoother:
 
     Source: Foreman-Mackey's tinygp for kernel and solver; this use of it is ours.
     """
-    return Smoother(_init, _test, _posterior)
+    return Smoother(_init, _test, _posterior, looks_ahead=False)
 
 
 def _init() -> QuasisepFit:

@@ -45,7 +45,7 @@ def rbf_smoother() -> Smoother:
 
     Source: Kim et al. (2021), arXiv 2107.05855, section 2 and the authors' code.
     """
-    return Smoother(_init, _test, _posterior)
+    return Smoother(_init, _test, _posterior, looks_ahead=True)
 
 
 def _init() -> RbfFit:

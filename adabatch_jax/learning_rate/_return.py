@@ -94,10 +94,14 @@ def return_to_minimum(
         updates, after = optimizer.update(updates, before, params, **extra_args)
         old, new = _schedule(before), _schedule(after)
         # Told from what changed in this very call: adaptive_multi_steps may drop what it did.
+        tested = new.tests_made > old.tests_made
         rising = new.warmup_end == WarmupEnd.RUNNING
-        best = (new.tests_made > old.tests_made) & rising & (new.minimum_location >= _PRESENT)
+        best = tested & rising & (new.minimum_location >= _PRESENT)
         past = (new.warmup_end == WarmupEnd.MINIMUM_PASSED) | (new.warmup_end == WarmupEnd.DIVERGED)
+        past |= (new.warmup_end == WarmupEnd.AT_LIMIT) & tested & (new.minimum_location < _PRESENT)
         back = (old.warmup_end == WarmupEnd.RUNNING) & past
+        # Soon after the switch a setback costs less than the damage; later there is more to lose.
+        back |= (new.setbacks > old.setbacks) & (new.warmup_ended_lately())
 
         def choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:
             return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)

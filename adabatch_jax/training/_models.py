@@ -48,21 +48,25 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """Two 3x3 convolutions, each halved by max-pooling, and a dense layer of 128.
+    """Two 3x3 convolutions, each halved by max-pooling, and a dense layer.
 
     Args:
       num_classes: number of logits.
+      channels: of the two convolutions.
+      width: units of the dense layer.
     """
 
     num_classes: int
+    channels: tuple[int, int] = (32, 64)
+    width: int = 128
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps inputs, float [B, H, W] with H, W at least 4, to logits, [B, num_classes]."""
         hidden = _checked(inputs)[..., None]  # one grey channel
-        for features in (32, 64):
+        for features in self.channels:
             hidden = _max_pool(nn.relu(nn.Dense(features)(_neighbourhoods(hidden))))
-        hidden = nn.relu(nn.Dense(128)(_flatten(hidden)))
+        hidden = nn.relu(nn.Dense(self.width)(_flatten(hidden)))
         return nn.Dense(self.num_classes)(hidden)
 
 

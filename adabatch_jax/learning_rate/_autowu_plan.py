@@ -1,0 +1,154 @@
+"""The static part of AutoWU: its options, checked, and the learning rate as a function of position."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adabatch_jax import _validate
+
+WARMUPS = ("exponential", "linear")
+UNITS = ("step", "epoch")
+DECAYS = ("cosine", "half_cosine")
+AT_LIMIT = ("last", "minimum")
+_NAME = "scale_by_autowu"
+
+
+class Plan(NamedTuple):
+    """What a schedule has been asked for. Positions are in steps or examples, by the clock."""
+
+    by_steps: bool
+    total: int
+    interval: int  # from test to test
+    min_learning_rate: Any
+    max_learning_rate: Any
+    max_warmup_fraction: float
+    patience: int
+    confidence: Any
+    warmup: str
+    warmup_unit: str
+    decay: str
+    cooldown_fraction: float | None
+    hold_factor: Any
+    at_limit: str
+
+    @property
+    def limit(self) -> int:
+        """W: the longest warm-up, before it is fitted to the first batch."""
+        if self.warmup_unit == "epoch":
+            return int(self.max_warmup_fraction * (self.total / self.interval)) * self.interval
+        return int(self.max_warmup_fraction * self.total)
+
+    @property
+    def cooldown_start(self) -> float:
+        """The position from which a held rate decays; the end of the run if none is held."""
+        return (1.0 - (self.cooldown_fraction or 0.0)) * self.total
+
+    def check(self, max_losses: int) -> None:
+        """Every option by itself, and that there is time for one test.
+
+        Raises:
+          ValueError: naming argument and value.
+        """
+        low, high = self.min_learning_rate, self.max_learning_rate
+        _validate.positive(_NAME, min_learning_rate=low, max_learning_rate=high)
+        traced = any(isinstance(x, jax.Array | jax.core.Tracer) for x in (low, high))
+        if not traced and low >= high:
+            raise ValueError(
+                f"{_NAME}: min_learning_rate={low!r} must be below max_learning_rate={high!r}"
+            )
+        for name in ("max_warmup_fraction", "cooldown_fraction", "hold_factor"):
+            value = getattr(self, name)
+            if value is not None:
+                _validate.between(_NAME, 0.0, 1.0, closed=True, **{name: value})
+        _validate.positive(_NAME, confidence=self.confidence, hold_factor=self.hold_factor)
+        _validate.between(_NAME, 0.0, 1.0, confidence=self.confidence)
+        _validate.positive_int(_NAME, patience=self.patience, max_losses=max_losses)
+        if max_losses < 16:
+            raise ValueError(f"{_NAME}: max_losses must be at least 16, got {max_losses!r}")
+        _validate.one_of(_NAME, WARMUPS, warmup=self.warmup)
+        _validate.one_of(_NAME, UNITS, warmup_unit=self.warmup_unit)
+        _validate.one_of(_NAME, DECAYS, decay=self.decay)
+        _validate.one_of(_NAME, AT_LIMIT, at_limit=self.at_limit)
+        if self.max_warmup_fraction > 0 and self.limit <= self.interval:
+            unit = "steps" if self.by_steps else "examples"
+            raise ValueError(
+                f"{_NAME}: total_{unit}={self.total} with max_warmup_fraction="
+                f"{self.max_warmup_fraction} leaves a warm-up of {self.limit} {unit}, too short for "
+                f"one test after {unit}_per_test={self.interval}"
+            )
+
+    def top(self, first_increment: jax.Array) -> jax.Array:
+        """W; with the examples clock a whole number of first batches, as steps are."""
+        if self.by_steps or self.warmup_unit == "epoch":
+            return jnp.float32(self.limit)
+        unit = jnp.maximum(first_increment, 1).astype(jnp.float32)
+        return jnp.floor(jnp.float32(self.max_warmup_fraction * self.total) / unit) * unit
+
+    def between(self, high: Any, x: jax.Array) -> jax.Array:
+        """From α_min at x = 0 to `high` at x = 1, along the warm-up's curve."""
+        low, high = (jnp.asarray(v).astype(jnp.float32) for v in (self.min_learning_rate, high))
+        if self.warmup == "linear":
+            return low + (high - low) * x
+        return low * jnp.exp(x * jnp.log(high / low))
+
+    def rising(self, position: jax.Array, top: jax.Array) -> jax.Array:
+        """The rate of a step of the warm-up."""
+        if self.warmup_unit == "epoch":
+            position = jnp.floor(position / self.interval) * self.interval
+        return self.between(self.max_learning_rate, position / jnp.maximum(top, 1.0))
+
+    def falling(
+        self, position: jax.Array, end: jax.Array, since: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The factor of a step from `position` to `end` after a peak at `since`, and if it is held.
+
+        With s the part of the decay that is over at the end of the step: cosine ½ (1 + cos πs),
+        half_cosine ½ + ½ cos(½π (1 + s)).
+        """
+        start, held, factor = since, jnp.zeros((), bool), jnp.ones((), jnp.float32)
+        if self.cooldown_fraction is not None:
+            start = jnp.float32(self.cooldown_start)
+            held = position < start
+            intervals = jnp.floor((jnp.minimum(position, start) - since) / self.interval)
+            hold_factor = jnp.asarray(self.hold_factor).astype(jnp.float32)
+            factor = jnp.power(hold_factor, jnp.maximum(intervals, 0.0))
+        part = (end - start) / jnp.maximum(jnp.float32(self.total) - start, 1e-30)
+        part = jnp.clip(part, 0.0, 1.0)
+        if self.decay == "cosine":
+            decay = 0.5 * (1.0 + jnp.cos(jnp.pi * part))
+        else:
+            decay = 0.5 + 0.5 * jnp.cos(0.5 * jnp.pi * (1.0 + part))
+        return (factor * jnp.where(held, 1.0, decay)).astype(jnp.float32), held
+
+
+def read_clock(
+    steps: Any, steps_per: Any, examples: Any, examples_per: Any
+) -> tuple[bool, int, int]:
+    """Whether steps are counted, and length of the run and of a test interval in that unit.
+
+    Raises:
+      ValueError: not exactly one pair, or not positive integers.
+    """
+    given = {
+        "total_steps": steps,
+        "steps_per_test": steps_per,
+        "total_examples": examples,
+        "examples_per_test": examples_per,
+    }
+    known = {name: value for name, value in given.items() if value is not None}
+    if set(known) not in (
+        {"total_steps", "steps_per_test"},
+        {"total_examples", "examples_per_test"},
+    ):
+        raise ValueError(
+            f"{_NAME}: give total_steps and steps_per_test, or total_examples and "
+            f"examples_per_test, got {known or 'neither'}"
+        )
+    _validate.positive_int(_NAME, **known)
+    total, interval = (int(value) for value in known.values())
+    if interval >= 2**31:
+        raise ValueError(f"{_NAME}: examples_per_test must be below 2**31, got {interval}")
+    return "total_steps" in known, total, interval
