@@ -35,7 +35,14 @@ from adabatch_jax.learning_rate import (
     sqrt_scaling,
 )
 from adabatch_jax.noise import GradientNoise, merge_noise, split_groups, value_and_grad_noise
-from adabatch_jax.optimizers import adadagrad, adadagrad_norm, scale_by_adagrad_norm
+from adabatch_jax.optimizers import (
+    adadagrad,
+    adadagrad_norm,
+    adamp,
+    automatic,
+    scale_by_adagrad_norm,
+    scale_by_adamp,
+)
 
 try:
     __version__ = version("adabatch-jax")
@@ -51,9 +58,11 @@ __all__ = [
     "WarmupEnd",
     "adadagrad",
     "adadagrad_norm",
+    "adamp",
     "adapt_batch_size",
     "adaptive_multi_steps",
     "augmented_inner_product_test",
+    "automatic",
     "coordinate_norm_test",
     "get_batch_size",
     "gradient_noise_scale",
@@ -65,6 +74,7 @@ __all__ = [
     "norm_test",
     "return_to_minimum",
     "scale_by_adagrad_norm",
+    "scale_by_adamp",
     "scale_by_autowu",
     "scale_by_batch_size",
     "scale_by_example_schedule",

@@ -14,12 +14,9 @@ saved as table.md.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +27,6 @@ import optax
 import adabatch_jax as adabatch
 from adabatch_jax.training import Feed, load_dataset
 from adabatch_jax.training._models import CNN, MLP
-from adabatch_jax.training._report import write_json
 
 SEEDS = (0, 1, 2)
 
@@ -47,7 +43,9 @@ class Task:
     grid: tuple[float, ...]
 
     def __str__(self) -> str:
-        return f"{self.dataset} {self.model} {self.direction} {self.batch_size} × {self.epochs} epochs"
+        return (
+            f"{self.dataset} {self.model} {self.direction} {self.batch_size} × {self.epochs} epochs"
+        )
 
 
 def octaves(low: float, count: int = 8, factor: float = 2.0) -> tuple[float, ...]:
@@ -118,13 +116,17 @@ def run(task: Task, mode: str, rate: float, seed: int, folder: str | None) -> di
         params, state, (loss, used) = epoch(params, state, x, y, order, jnp.float32(rate))
         losses.append(np.asarray(loss))
         rates.append(np.asarray(used))
-    result = {"accuracy": float(accuracy(params, *found["test"])), "seconds": time.perf_counter() - start}
+    result = {
+        "accuracy": float(accuracy(params, *found["test"])),
+        "seconds": time.perf_counter() - start,
+    }
     if mode in ("paper", "improved"):
         schedule = adabatch.learning_rate._return._schedule(state)
         result |= {
             "peak": float(schedule.peak_learning_rate),
             "warmup_end": adabatch.WarmupEnd(int(schedule.warmup_end)).name,
-            "warmup_steps": int(schedule.peak_position), "setbacks": int(schedule.setbacks),
+            "warmup_steps": int(schedule.peak_position),
+            "setbacks": int(schedule.setbacks),
             "steps": steps,
         }
     return result

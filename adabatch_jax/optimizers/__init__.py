@@ -1,0 +1,23 @@
+"""Which ready-made recipe?
+
+* `automatic` is the whole system around any direction: it finds the learning rate, grows the batch
+  and scales the rate with it.
+* `adadagrad` and `adadagrad_norm` are AdAdaGrad: AdaGrad, per coordinate or with one scalar
+  accumulator (`scale_by_adagrad_norm`), with a batch size that a test on the noise lets grow.
+* `adamp` (its direction: `scale_by_adamp`) is Adam without the radial part of the step where a
+  parameter's length means nothing.
+"""
+
+from adabatch_jax.optimizers._adadagrad import adadagrad, adadagrad_norm
+from adabatch_jax.optimizers._adagrad_norm import scale_by_adagrad_norm
+from adabatch_jax.optimizers._adamp import adamp, scale_by_adamp
+from adabatch_jax.optimizers._automatic import automatic
+
+__all__ = [
+    "adadagrad",
+    "adadagrad_norm",
+    "adamp",
+    "automatic",
+    "scale_by_adagrad_norm",
+    "scale_by_adamp",
+]

@@ -1,0 +1,169 @@
+"""`automatic`: the whole system around a direction, with nothing left to sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adabatch_jax import _validate
+from adabatch_jax.batch_size import Criterion, adapt_batch_size, norm_test
+from adabatch_jax.learning_rate import (
+    WarmupEnd,
+    linear_scaling,
+    return_to_minimum,
+    scale_by_batch_size,
+    scale_by_improved_autowu,
+    sqrt_scaling,
+)
+from adabatch_jax.noise import GradientNoise
+
+PyTree = Any
+_BATCH_SIZE = dict(smoothing=0.9, debias=True)
+
+
+class AutomaticState(NamedTuple):
+    """State of what `automatic` returns around: its four links."""
+
+    inner_controller: Any
+    inner_direction: Any
+    inner_scaling: Any
+    inner_schedule: Any
+
+
+def automatic(
+    direction: optax.GradientTransformation,
+    *,
+    total_examples: int,
+    initial_batch_size: int,
+    max_batch_size: int,
+    criterion: Criterion | Callable[..., Any] | None = None,
+    scaling: Callable[..., Any] | None = None,
+    autowu_options: Mapping[str, Any] | None = None,
+    **batch_size_options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Finds the learning rate, grows the batch, scales the rate with it, and decays over the budget.
+
+    1. `scale_by_improved_autowu` warms up until the loss has passed its minimum. The batch is held
+       meanwhile: two things that move at once would hide each other.
+    2. `return_to_minimum` goes back to the parameters of the minimum, and the rate to the rate there.
+    3. `adapt_batch_size` grows the batch by the noise of the gradient, de-biased and smoothed, and
+       `scale_by_batch_size` lets the rate follow, from the batch with which it was found.
+    4. The rate decays with a cosine until the budget of examples is used up.
+
+    `direction` says where to go, without sign or rate: `optax.scale_by_adam()`, `optax.trace(0.9)`, and
+    **not** `optax.adam(1e-3)` or `optax.sgd(...)`, which have both already and would turn the step
+    around. `update` reads `noise=` (or stands inside `adaptive_multi_steps`) and `value=`, and needs
+    `params`.
+
+    Args:
+      direction: a transformation whose updates point along the gradient, such as
+        `optax.scale_by_adam()`. May be a chain, with clipping before or weight decay after.
+      total_examples: examples that the run will use.
+      initial_batch_size: examples per step until the rate is found; then the base of the scaling. A
+        few hundred steps in the first fifth of the run are a good number.
+      max_batch_size: largest batch size.
+      criterion: what lets the batch grow; None: `norm_test(0.7)`.
+      scaling: rule by which the rate follows the batch. None: `sqrt_scaling()` if the direction is
+        insensitive to the gradient's length (Adam, AdaGrad, LAMB), `linear_scaling()` if it is
+        proportional to it (SGD, momentum), found by trying it on a gradient and its double.
+      autowu_options: passed to `scale_by_improved_autowu`.
+      **batch_size_options: passed to `adapt_batch_size`; smoothing=0.9 and debias=True by default.
+
+    Returns:
+      A `GradientTransformationExtraArgs`. Under `optax.inject_hyperparams` every argument belongs to
+      static_args.
+
+    Raises:
+      ValueError: an argument out of range; a direction that turns the gradient around, as one with a
+        learning rate does; one that cannot be tried, without `scaling`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import adabatch_jax as adabatch
+      >>> optimizer = adabatch.automatic(optax.scale_by_adam(), total_examples=300_000,
+      ...                                initial_batch_size=256, max_batch_size=8192)
+      >>> fn = adabatch.value_and_grad_noise(lambda w, x: jnp.mean((w - x) ** 2))
+      >>> params = jnp.array(0.0)
+      >>> state = optimizer.init(params)
+      >>> groups = adabatch.split_groups(jnp.arange(256.0) - 100.0, 8)
+      >>> value, noise = fn(params, groups)
+      >>> updates, state = optimizer.update(noise.mean, state, params, value=value, noise=noise)
+      >>> int(adabatch.get_batch_size(state)), int(adabatch.metrics(state)["phase"])
+      (256, 0)
+
+    Source: the parts are AdAdaGrad (arXiv 2402.11215), AutoWU (arXiv 2107.05855) and the scaling rules
+    of Granziol et al. (arXiv 2006.09092); how they are coupled is ours.
+    """
+    _validate.positive_int("automatic", total_examples=total_examples)
+    # optax.inject_hyperparams hands a ** parameter on under its own name.
+    batch_size_options = {**batch_size_options.pop("batch_size_options", {}), **batch_size_options}
+    controller = adapt_batch_size(
+        norm_test(0.7) if criterion is None else criterion,
+        initial_batch_size=initial_batch_size,
+        max_batch_size=max_batch_size,
+        **{**_BATCH_SIZE, **batch_size_options},
+    )
+    rule = _rule_for(direction) if scaling is None else scaling
+    scale = scale_by_batch_size(rule, base_batch_size=initial_batch_size)
+    schedule = scale_by_improved_autowu(total_examples=total_examples, **(autowu_options or {}))
+    direction = optax.with_extra_args_support(direction)
+
+    def init(params: PyTree) -> AutomaticState:
+        links = (controller, direction, scale, schedule)
+        return AutomaticState(*(link.init(params) for link in links))
+
+    def update(
+        updates: PyTree,
+        state: AutomaticState,
+        params: PyTree | None = None,
+        *,
+        noise: GradientNoise | None = None,
+        hold_batch_size: Any = False,
+        **extra_args: Any,
+    ) -> tuple[PyTree, AutomaticState]:
+        rises = state.inner_schedule.warmup_end == WarmupEnd.RUNNING
+        hold = jnp.asarray(hold_batch_size).astype(bool) | rises
+        updates, held = controller.update(
+            updates,
+            state.inner_controller,
+            params,
+            noise=noise,
+            hold_batch_size=hold,
+            **extra_args,
+        )
+        rest = []
+        for link, old in zip((direction, scale, schedule), state[1:], strict=True):
+            updates, new = link.update(updates, old, params, noise=noise, **extra_args)
+            rest.append(new)
+        return updates, AutomaticState(held, *rest)
+
+    return return_to_minimum(optax.GradientTransformationExtraArgs(init, update))
+
+
+def _rule_for(direction: optax.GradientTransformation) -> Callable[..., Any]:
+    """Square root or linear, from the direction's answer to a gradient and to its double."""
+
+    def answer(gradient: float) -> float:
+        with jax.ensure_compile_time_eval():
+            params = jnp.ones((1,), jnp.float32)
+            link = optax.with_extra_args_support(direction)
+            step, _ = link.update(jnp.full_like(params, gradient), link.init(params), params)
+            return float(step[0])
+
+    try:
+        once, twice = answer(0.5), answer(1.0)
+    except Exception as error:
+        raise ValueError(
+            f"automatic: the direction could not be tried on a parameter of shape [1] ({error}): say "
+            "by scaling=adabatch.sqrt_scaling() or linear_scaling() how the rate follows the batch"
+        ) from error
+    if not once > 0:
+        raise ValueError(
+            f"automatic: direction turns a gradient of 0.5 into {once}: give it without sign and "
+            "learning rate, optax.scale_by_adam() instead of optax.adam(1e-3)"
+        )
+    return linear_scaling() if twice / once > 2**0.5 else sqrt_scaling()
