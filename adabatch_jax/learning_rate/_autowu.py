@@ -303,7 +303,7 @@ def _test(
     def mean(values: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(ok, values, 0.0)) / jnp.maximum(good, 1.0)
 
-    votes = jnp.sum((ok & (draws.probability > plan.confidence)).astype(jnp.int32))
+    votes = jnp.sum(ok & (draws.probability > plan.confidence), dtype=jnp.int32)
     streak = jnp.where(2 * votes > ok.shape[0], state.yes_in_a_row + 1, 0).astype(jnp.int32)
     past = streak >= plan.patience
     rate, location = state.autowu_learning_rate, jnp.maximum(draws.location - delay, 0.0)
@@ -324,7 +324,7 @@ def _test(
         "minimum_probability": mean(draws.probability),
         "minimum_location": mean(draws.location),
         "tests_made": state.tests_made + 1,
-        "failed_draws": state.failed_draws + jnp.sum((~ok).astype(jnp.int32)),
+        "failed_draws": state.failed_draws + jnp.sum(~ok, dtype=jnp.int32),
         "peak_learning_rate": jnp.where(switch, peak, state.peak_learning_rate),
         "warmup_end": reason.astype(jnp.int32),
     }

@@ -107,9 +107,7 @@ def return_to_minimum(
             return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
 
         # The loss that was lowest is that of the parameters before this step.
-        way_back = jax.tree.map(
-            lambda s, p, u: (s - p).astype(u.dtype), state.snapshot_params, params, updates
-        )
+        way_back = jax.tree.map(_difference, state.snapshot_params, params, updates)
         moments = choose(back, state.snapshot_moments, _moments(after))
         return choose(back, way_back, updates), ReturnToMinimumState(
             snapshots_taken=state.snapshots_taken + best.astype(jnp.int32),
@@ -119,6 +117,12 @@ def return_to_minimum(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _difference(there: jax.Array, here: jax.Array, like: jax.Array) -> jax.Array:
+    """`there − here`, rounded once, in the dtype of the update that it replaces."""
+    dtype = jnp.promote_types(there.dtype, like.dtype)
+    return (there.astype(dtype) - here.astype(dtype)).astype(like.dtype)
 
 
 def _schedule(opt_state: PyTree) -> ScaleByAutowuState:

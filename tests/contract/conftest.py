@@ -50,6 +50,7 @@ class Row:
     injected: tuple[str, ...]  # by inject_hyperparams; every other argument is in its static_args
     extra_args: Callable[[PyTree, int], dict[str, Any]]
     without: tuple[str, ...] = ()  # modes in which something of Optax's fails
+    by_hand: int = 2  # steps that can be run without compiling in reasonable time
 
     def make(self) -> optax.GradientTransformationExtraArgs:
         return optax.with_extra_args_support(self.factory(*self.args, **self.options))
@@ -131,6 +132,69 @@ TABLE = [
         {},
         (),
         noise_of,
+    ),
+    Row(
+        "scale_by_autowu",
+        adabatch.scale_by_autowu,
+        (),
+        {"total_steps": 8, "steps_per_test": 1, "patience": 2},
+        ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor"),
+        value_of,
+        by_hand=1,  # the second makes a Gaussian process test
+    ),
+    Row(
+        "scale_by_autowu by examples",
+        adabatch.scale_by_autowu,
+        (),
+        {"total_examples": 400, "examples_per_test": 16, "cooldown_fraction": 0.2}
+        | {"smoother": "quasisep", "watch_divergence": True, "at_limit": "minimum"}
+        | {"max_losses": 16},
+        ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor"),
+        noise_of,
+        by_hand=1,
+    ),
+    Row(
+        "scale_by_improved_autowu",
+        adabatch.scale_by_improved_autowu,
+        (),
+        {"total_steps": 20},
+        (),
+        value_of,
+        by_hand=1,
+    ),
+    Row(
+        "return_to_minimum",
+        adabatch.return_to_minimum,
+        (optax.chain(optax.trace(0.9), adabatch.scale_by_improved_autowu(total_steps=20)),),
+        {},
+        (),
+        value_of,
+        by_hand=1,
+    ),
+    Row(
+        "automatic",
+        adabatch.automatic,
+        (optax.trace(0.9),),
+        SIZES | {"total_examples": 1000, "autowu_options": {"num_tests": 5, "max_losses": 16}},
+        (),
+        noise_of,
+        by_hand=1,
+    ),
+    Row(
+        "scale_by_adamp",
+        adabatch.scale_by_adamp,
+        (),
+        {"weight_decay": 0.1},
+        ("b1", "b2", "eps", "weight_decay", "delta", "wd_ratio"),
+        no_arguments,
+    ),
+    Row(
+        "adamp",
+        adabatch.adamp,
+        (0.1,),
+        {"nesterov": True},
+        ("learning_rate", "b1", "b2", "eps", "weight_decay", "delta", "wd_ratio"),
+        no_arguments,
     ),
     Row(
         "scale_by_adagrad_norm",

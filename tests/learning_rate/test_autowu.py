@@ -1,0 +1,316 @@
+"""The schedule around the test: curves, clocks, phases, divergence, bad input."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adabatch_jax as adabatch
+from adabatch_jax import AutowuPhase, WarmupEnd
+from adabatch_jax.learning_rate import _autowu
+from adabatch_jax.learning_rate._minimum import Draws
+
+T = 60
+FALLING = np.linspace(3.0, 1.0, T)
+BOWL = np.where(np.arange(T) < 14, 3.0 - 0.15 * np.arange(T), 0.9 + 0.1 * (np.arange(T) - 14))
+RNG = np.random.default_rng(0)
+
+
+def schedule(**options):
+    return adabatch.scale_by_autowu(**({"total_steps": T, "steps_per_test": 5} | options))
+
+
+def run(link, losses, **extra_args):
+    """The states after every step, stacked; extra arguments are sequences."""
+
+    def step(state, given):
+        updates, state = link.update(jnp.ones(()), state, **given)
+        return state, (updates, state)
+
+    given = {"value": losses} | extra_args
+    given = {name: jnp.asarray(values) for name, values in given.items()}
+    given["value"] = given["value"].astype(jnp.float32)
+    return jax.jit(lambda s, x: jax.lax.scan(step, s, x)[1])(link.init({}), given)
+
+
+def rates(link, losses, **extra_args):
+    return np.asarray(run(link, losses, **extra_args)[1].autowu_learning_rate)
+
+
+def rise(steps, low=1e-5, high=1.0, top=30):
+    return low * (high / low) ** (np.arange(steps) / top)
+
+
+def test_it_multiplies_by_minus_the_rate():
+    updates, states = run(schedule(), FALLING)
+    np.testing.assert_allclose(updates, -states.autowu_learning_rate)
+    updates, states = run(schedule(flip_sign=False), FALLING)
+    np.testing.assert_allclose(updates, states.autowu_learning_rate)
+
+
+def test_the_warm_up_is_exponential_linear_or_by_epochs():
+    np.testing.assert_allclose(rates(schedule(), FALLING)[:30], rise(30), rtol=1e-4)
+    linear = 1e-5 + (1.0 - 1e-5) * np.arange(30) / 30
+    np.testing.assert_allclose(rates(schedule(warmup="linear"), FALLING)[:30], linear, rtol=1e-5)
+    by_epoch = rise(30)[np.arange(30) // 5 * 5]
+    got = rates(schedule(warmup_unit="epoch"), FALLING)[:30]
+    np.testing.assert_allclose(got, by_epoch, rtol=1e-4)
+
+
+def test_at_the_limit_the_last_rate_decays():
+    _, states = run(schedule(), FALLING)
+    t = np.arange(30, T)
+    expected = rise(30)[-1] * 0.5 * (1 + np.cos(np.pi * (t - 29) / 30))
+    np.testing.assert_allclose(states.autowu_learning_rate[30:], expected, rtol=1e-4, atol=1e-7)
+    assert int(states.warmup_end[-1]) == WarmupEnd.AT_LIMIT
+    assert int(states.tests_made[-1]) == 5  # at 5, 10, … 25, and none at the limit
+    assert states.autowu_phase.tolist() == [AutowuPhase.WARMUP] * 30 + [AutowuPhase.DECAY] * 30
+
+
+def test_no_warm_up_starts_at_the_top():
+    _, states = run(schedule(max_warmup_fraction=0.0, max_learning_rate=0.5), FALLING)
+    expected = 0.25 * (1 + np.cos(np.pi * np.arange(1, T + 1) / T))
+    np.testing.assert_allclose(states.autowu_learning_rate, expected, rtol=1e-5, atol=1e-7)
+    assert int(states.warmup_end[0]) == WarmupEnd.NO_WARMUP
+
+
+@pytest.mark.parametrize("decay", ["cosine", "half_cosine"])
+def test_held_with_a_factor_and_then_decayed(decay):
+    link = schedule(decay=decay, cooldown_fraction=0.25, hold_factor=0.5)
+    _, states = run(link, FALLING)
+    t, start = np.arange(30, T), 45.0
+    held = rise(30)[-1] * 0.5 ** ((np.minimum(t, start) - 30) // 5)
+    s = np.maximum((t + 1 - start) / (T - start), 0.0)
+    shape = 0.5 * (1 + np.cos(np.pi * s))
+    if decay == "half_cosine":
+        shape = 0.5 + 0.5 * np.cos(0.5 * np.pi * (1 + s))
+    expected = np.where(t < start, held, held * shape)
+    np.testing.assert_allclose(states.autowu_learning_rate[30:], expected, rtol=1e-4, atol=1e-7)
+    assert int(states.autowu_phase[44]) == AutowuPhase.HOLD
+    assert int(states.autowu_phase[45]) == AutowuPhase.DECAY
+
+
+def test_a_cooldown_ends_a_warm_up_that_still_runs():
+    _, states = run(schedule(cooldown_fraction=0.75), FALLING)
+    assert int(states.peak_position[-1]) == 15
+    expected = rise(15)[-1] * 0.5 * (1 + np.cos(np.pi * (np.arange(15, T) - 14) / 45))
+    np.testing.assert_allclose(states.autowu_learning_rate[15:], expected, rtol=1e-4, atol=1e-9)
+
+
+def test_past_the_minimum_it_goes_back_to_the_rate_there():
+    for smoother in ("rbf", "quasisep"):
+        _, states = run(schedule(smoother=smoother, patience=2), BOWL)
+        assert int(states.warmup_end[-1]) == WarmupEnd.MINIMUM_PASSED
+        assert 15 < int(states.peak_position[-1]) < 30
+        assert rise(30)[11] < float(states.peak_learning_rate[-1]) < rise(30)[17]
+
+
+def test_at_the_limit_it_may_go_back_too():
+    """With more patience than there are tests."""
+    _, last = run(schedule(smoother="quasisep", patience=9), BOWL)
+    _, back = run(schedule(smoother="quasisep", patience=9, at_limit="minimum"), BOWL)
+    assert int(last.warmup_end[-1]) == int(back.warmup_end[-1]) == WarmupEnd.AT_LIMIT
+    np.testing.assert_allclose(last.peak_learning_rate[-1], rise(30)[-1], rtol=1e-4)
+    assert rise(30)[11] < float(back.peak_learning_rate[-1]) < rise(30)[17]
+
+
+@pytest.mark.parametrize(("steps", "per_test", "fraction"), [(61, 5, 0.5), (60, 7, 0.37), (53, 4, 1)])
+def test_with_a_constant_batch_examples_and_steps_are_one_clock(steps, per_test, fraction):
+    b, losses = 96, BOWL[:steps] if steps <= T else np.append(BOWL, 6.0)
+    common = dict(max_warmup_fraction=fraction, cooldown_fraction=0.2, patience=2)
+    by_steps = adabatch.scale_by_autowu(total_steps=steps, steps_per_test=per_test, **common)
+    by_examples = adabatch.scale_by_autowu(
+        total_examples=b * steps, examples_per_test=b * per_test, **common
+    )
+    got = rates(by_examples, losses, num_examples=np.full(steps, b, np.int32))
+    np.testing.assert_allclose(got, rates(by_steps, losses), rtol=1e-5, atol=1e-9)
+
+
+def test_a_growing_batch_moves_on_by_its_examples():
+    link = adabatch.scale_by_autowu(total_examples=6000, examples_per_test=500)
+    sizes = np.array([100] * 10 + [400] * 5, np.int32)
+    got = rates(link, FALLING[:15], num_examples=sizes)
+    position = np.cumsum(sizes) - sizes
+    np.testing.assert_allclose(got, 1e-5 * (1e5) ** (position / 3000), rtol=1e-4)
+
+
+def test_examples_do_not_wrap():
+    total = 2**36
+    link = adabatch.scale_by_autowu(total_examples=total, examples_per_test=2**30)
+    got = rates(link, FALLING, num_examples=np.full(T, 2**30, np.int32))
+    np.testing.assert_allclose(got[:32], 1e-5 * (1e5) ** (np.arange(32) / 32), rtol=1e-3)
+
+
+def test_without_a_finite_loss_the_warm_up_ends_at_its_limit_and_says_so():
+    controller = adabatch.adapt_batch_size(
+        adabatch.norm_test(1.0), initial_batch_size=8, max_batch_size=8
+    )
+    for options in ({}, {"smoother": "quasisep", "watch_divergence": True, "at_limit": "minimum"}):
+        link = schedule(**options)
+        _, states = run(link, np.full(T, np.nan))
+        last = jax.tree.map(lambda x: x[-1], states)
+        shown = adabatch.metrics((controller.init({}), last))
+        assert shown["warmup_end"] == WarmupEnd.NO_FINITE_LOSS
+        assert shown["nonfinite_losses"] == T and shown["tests_made"] == 0
+        assert int(states.peak_position[-1]) == 30
+        np.testing.assert_allclose(states.peak_learning_rate[-1], rise(30)[-1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e9])
+def test_a_divergence_ends_the_warm_up_at_once(bad):
+    losses = np.where(np.arange(T) < 18, 3.0 - 0.1 * np.arange(T), bad)
+    _, states = run(schedule(smoother="quasisep", watch_divergence=True, patience=9), losses)
+    assert int(states.warmup_end[-1]) == WarmupEnd.DIVERGED
+    assert int(states.peak_position[-1]) == 19
+    assert rise(30)[12] < float(states.peak_learning_rate[18]) < rise(30)[18]
+    _, states = run(schedule(smoother="quasisep", patience=9), losses)
+    assert int(states.warmup_end[-1]) == WarmupEnd.AT_LIMIT
+
+
+def test_a_setback_after_the_warm_up_halves_the_rate():
+    losses = np.where(np.arange(T) < 40, FALLING, 2.9)
+    link = schedule(smoother="quasisep", watch_divergence=True)
+    _, states = run(link, losses)
+    assert int(states.setbacks[-1]) == 1
+    peaks = np.asarray(states.peak_learning_rate)
+    np.testing.assert_allclose(peaks[-1], 0.5 * peaks[35])
+
+
+def test_the_seed_decides_the_draws():
+    n, rng = 1400, np.random.default_rng(1)
+    losses = 2.0 + np.cos(np.linspace(0, 3, n)) + 0.3 * rng.normal(size=n)
+    options = dict(total_steps=2 * n, steps_per_test=n // 2 - 50)
+    first, again, other = (
+        run(adabatch.scale_by_autowu(seed=s, **options), losses)[1] for s in (3, 3, 4)
+    )
+    chex.assert_trees_all_equal(first, again)
+    assert int(first.tests_made[-1]) == 2
+    assert (first.minimum_probability != other.minimum_probability).any()
+
+
+def counted(monkeypatch):
+    """Counts the executions of the Gaussian-process test."""
+    calls = []
+
+    def counting():
+        plain = _autowu.quasisep_smoother()
+
+        def test(*args):
+            jax.debug.callback(lambda: calls.append(1))
+            return plain.test(*args)
+
+        return plain._replace(test=test)
+
+    monkeypatch.setitem(_autowu.SMOOTHERS, "quasisep", counting)
+    return calls
+
+
+def test_the_test_runs_when_it_is_due_and_at_most_once_per_optimizer_step(monkeypatch):
+    calls = counted(monkeypatch)
+    optimizer = adabatch.adaptive_multi_steps(
+        optax.chain(
+            adabatch.adapt_batch_size(
+                adabatch.norm_test(1.0), initial_batch_size=8, max_batch_size=8
+            ),
+            schedule(smoother="quasisep", steps_per_test=2),
+        ),
+        micro_batch_size=2,
+    )
+    step = jax.jit(lambda s, g, v: optimizer.update(g, s, value=v)[1])
+    state = optimizer.init(jnp.zeros(()))
+    for loss in np.repeat(FALLING, 4):
+        state = step(state, jnp.float32(RNG.normal()), jnp.float32(loss))
+    jax.effects_barrier()
+    inner = state.inner_opt_state[1]
+    assert len(calls) == int(inner.tests_made) == 14  # of 60 steps in 240 calls
+    assert int(inner.warmup_end) == WarmupEnd.AT_LIMIT
+
+
+def test_a_factorisation_that_fails_is_a_no_and_is_counted(monkeypatch):
+    def failing():
+        plain = _autowu.rbf_smoother()
+
+        def test(state, *_):
+            two_of_five = jnp.array([1.0, 1.0, jnp.nan, jnp.nan, jnp.nan])
+            return state, Draws(two_of_five, two_of_five)
+
+        return plain._replace(test=test)
+
+    monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", failing)
+    _, states = run(schedule(patience=1), BOWL)
+    assert int(states.warmup_end[-1]) == WarmupEnd.AT_LIMIT
+    assert int(states.failed_draws[-1]) == 3 * int(states.tests_made[-1]) == 15
+
+
+def test_the_state_goes_on_after_a_trip_through_numpy():
+    link = schedule(smoother="quasisep", watch_divergence=True)
+    step = jax.jit(lambda s, v: link.update({}, s, value=v)[1])
+    straight = stopped = link.init({})
+    for loss in np.float32(BOWL):
+        straight, stopped = step(straight, loss), step(stopped, loss)
+        leaves, form = jax.tree.flatten(stopped)
+        stopped = jax.tree.unflatten(form, [jnp.asarray(np.asarray(x)) for x in leaves])
+    chex.assert_trees_all_equal(straight, stopped)
+
+
+STEPS = {"total_steps": 100, "steps_per_test": 10}
+EXAMPLES = {"total_examples": 100, "examples_per_test": 10}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "got neither"),
+        (STEPS | EXAMPLES, "give total_steps and steps_per_test, or total_examples"),
+        ({"total_steps": 100, "examples_per_test": 10}, "'examples_per_test': 10"),
+        (STEPS | {"total_steps": 0}, "total_steps must be a positive integer, got 0"),
+        (STEPS | {"steps_per_test": 2.5}, "steps_per_test must be a positive integer, got 2.5"),
+        (STEPS | {"total_steps": 20}, "total_steps=20 .* too short for one test"),
+        (EXAMPLES | {"total_examples": 20}, "total_examples=20 .* too short for one test"),
+        (STEPS | {"min_learning_rate": 1.0}, "min_learning_rate=1.0 must be below"),
+        (STEPS | {"min_learning_rate": 0.0}, "min_learning_rate must be a positive number, got 0"),
+        (STEPS | {"max_warmup_fraction": 1.5}, "max_warmup_fraction must lie in .*, got 1.5"),
+        (STEPS | {"cooldown_fraction": -0.1}, "cooldown_fraction must lie in .*, got -0.1"),
+        (STEPS | {"hold_factor": 0.0}, "hold_factor must be a positive number, got 0.0"),
+        (STEPS | {"hold_factor": 1.1}, "hold_factor must lie in .*, got 1.1"),
+        (STEPS | {"confidence": 1.0}, "confidence must lie in .*, got 1.0"),
+        (STEPS | {"patience": 0}, "patience must be a positive integer, got 0"),
+        (STEPS | {"max_losses": 8}, "max_losses must be at least 16, got 8"),
+        (STEPS | {"warmup": "cubic"}, "warmup must be one of .*, got 'cubic'"),
+        (STEPS | {"warmup_unit": "day"}, "warmup_unit must be one of .*, got 'day'"),
+        (STEPS | {"decay": "linear"}, "decay must be one of .*, got 'linear'"),
+        (STEPS | {"smoother": "mean"}, "smoother must be one of .*, got 'mean'"),
+        (STEPS | {"at_limit": "stop"}, "at_limit must be one of .*, got 'stop'"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        adabatch.scale_by_autowu(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "total_steps or total_examples, got None and None"),
+        ({"total_steps": 10, "total_examples": 10}, "got 10 and 10"),
+        ({"total_steps": -1}, "total_steps must be a positive integer, got -1"),
+        ({"total_steps": 100, "num_tests": 0}, "num_tests must be a positive integer, got 0"),
+        ({"total_steps": 4}, "too short for one test"),
+    ],
+)
+def test_bad_options_of_the_preset_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        adabatch.scale_by_improved_autowu(**options)
+
+
+def test_what_update_needs_is_said():
+    link = schedule()
+    with pytest.raises(ValueError, match="value=loss"):
+        link.update({}, link.init({}))
+    link = adabatch.scale_by_autowu(**(EXAMPLES | {"total_examples": 1000}))
+    with pytest.raises(ValueError, match="num_examples="):
+        link.update({}, link.init({}), value=1.0)
