@@ -66,7 +66,7 @@ def automatic(
       initial_batch_size: examples per step until the rate is found; then the base of the scaling. A
         few hundred steps in the first fifth of the run are a good number.
       max_batch_size: largest batch size.
-      criterion: what lets the batch grow; None: `norm_test(0.7)`.
+      criterion: what lets the batch grow; None: `norm_test(1.0)`.
       scaling: rule by which the rate follows the batch. None: `sqrt_scaling()` if the direction is
         insensitive to the gradient's length (Adam, AdaGrad, LAMB), `linear_scaling()` if it is
         proportional to it (SGD, momentum), found by trying it on a gradient and its double.
@@ -102,7 +102,7 @@ def automatic(
     # optax.inject_hyperparams hands a ** parameter on under its own name.
     batch_size_options = {**batch_size_options.pop("batch_size_options", {}), **batch_size_options}
     controller = adapt_batch_size(
-        norm_test(0.7) if criterion is None else criterion,
+        norm_test(1.0) if criterion is None else criterion,
         initial_batch_size=initial_batch_size,
         max_batch_size=max_batch_size,
         **{**_BATCH_SIZE, **batch_size_options},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from adabatch_jax import _validate
 
 DATASETS = ("digits", "mnist", "fashion-mnist")
 MODELS = ("logistic", "mlp", "cnn")
-OPTIMIZERS = ("adadagrad", "adadagrad-norm", "adamw", "adam", "sgd", "momentum", "lamb")
+OPTIMIZERS = ("adadagrad", "adadagrad-norm", "adamw", "adam", "adamp", "sgd", "momentum", "lamb")
 CRITERIA = ("norm", "coordinate-norm", "inner-product", "augmented", "noise-scale", "none")
 SCALINGS = ("none", "linear", "sqrt")
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "autowu", "autowu-improved")
+FINDS_ITS_RATE = ("autowu", "autowu-improved")
+
+_FIRST_BATCH_SIZE, _LARGEST_BATCH_SIZE = 16, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,9 @@ class TrainConfig:
     model: str = "mlp"
     """Model: logistic, mlp (256 hidden units) or cnn."""
     optimizer: str = "adadagrad"
-    """Optimizer: adadagrad, adadagrad-norm (one accumulator), adamw, adam, sgd, momentum (0.9) or lamb."""
+    """Optimizer: adadagrad, adadagrad-norm (one accumulator), adamw, adam, adamp, sgd, momentum or lamb."""
+    auto: bool = False
+    """Find the learning rate, grow the batch and scale the rate with it: nothing else to choose."""
     criterion: str = "norm"
     """Test that grows the batch: norm, coordinate-norm, inner-product, augmented, noise-scale, or none."""
     eta: float = 1.0
@@ -46,23 +52,25 @@ class TrainConfig:
     debias: bool = False
     """Take the noise out of the squared gradient norm that the test compares with."""
     smoothing: float | None = None
-    """Decay of the average over tests of numerator and denominator, in [0, 1); use with --debias."""
+    """Decay of the average over tests of numerator and denominator, in [0, 1); use with --debias.
+    (--auto: 0.9, de-biased.)"""
     growth_limit: float | None = None
     """Largest factor by which one test may enlarge the batch."""
     noise_groups: int = 8
     """Least number of groups per step from which the noise is measured."""
-    initial_batch_size: int = 16
-    """Examples of the first step."""
-    max_batch_size: int = 512
-    """Largest batch size."""
+    initial_batch_size: int | None = None
+    """Examples of the first step (16; with --auto 1/256 of the data, between 16 and 256)."""
+    max_batch_size: int | None = None
+    """Largest batch size (512; with --auto a quarter of the data, at most 8192)."""
     max_micro_batch_size: int = 1024
     """Most examples whose gradient is computed at once: bounds the memory."""
-    scaling: str = "sqrt"
-    """How the learning rate follows the batch size, from the initial one: none, linear or sqrt."""
-    learning_rate: float = 0.02
-    """Learning rate at the initial batch size."""
-    schedule: str = "cosine"
-    """Learning rate over examples: constant or cosine."""
+    scaling: str | None = None
+    """How the learning rate follows the batch size, from the initial one: none, linear or sqrt
+    (sqrt; with --auto by the kind of optimizer)."""
+    learning_rate: float | None = None
+    """Learning rate at the initial batch size (0.02). AutoWU finds its own."""
+    schedule: str | None = None
+    """Learning rate over examples: constant, cosine, autowu (the paper's) or autowu-improved (cosine)."""
     epochs: int = 20
     """Passes over the training data; steps change size, this budget does not."""
     seed: int = 0
@@ -85,9 +93,11 @@ class TrainConfig:
             ("scaling", SCALINGS),
             ("schedule", SCHEDULES),
         ):
-            _validate.one_of(where, choices, **_flag(name, getattr(self, name)))
+            if getattr(self, name) is not None:
+                _validate.one_of(where, choices, **_flag(name, getattr(self, name)))
         for name in ("eta", "theta", "nu", "learning_rate"):
-            _validate.positive(where, **_flag(name, getattr(self, name)))
+            if getattr(self, name) is not None:
+                _validate.positive(where, **_flag(name, getattr(self, name)))
         for name in (
             "noise_groups",
             "initial_batch_size",
@@ -95,20 +105,24 @@ class TrainConfig:
             "max_micro_batch_size",
             "epochs",
         ):
-            _validate.positive_int(where, **_flag(name, getattr(self, name)))
+            if getattr(self, name) is not None:
+                _validate.positive_int(where, **_flag(name, getattr(self, name)))
+        self._check_rate()
         for name in ("seed", "lag"):
             _validate.between(where, 0, 2**32, **_flag(name, getattr(self, name)))
         if self.noise_groups < 2:
             raise ValueError(f"train: --noise-groups must be at least 2, got {self.noise_groups}")
-        if self.initial_batch_size > self.max_batch_size:
+        first, largest = self.initial_batch_size, self.max_batch_size
+        if not self.auto:  # with --auto the sizes left out depend on the data
+            first, largest = first or _FIRST_BATCH_SIZE, largest or _LARGEST_BATCH_SIZE
+        if first and largest and first > largest:
             raise ValueError(
-                f"train: --initial-batch-size {self.initial_batch_size} exceeds "
-                f"--max-batch-size {self.max_batch_size}"
+                f"train: --initial-batch-size {first} exceeds --max-batch-size {largest}"
             )
-        if self.initial_batch_size < 2 and self.criterion != "none":
+        if first and first < 2 and self.criterion != "none":
             raise ValueError(
                 "train: --initial-batch-size must be at least 2 for the noise of a gradient to be "
-                f"seen, got {self.initial_batch_size}"
+                f"seen, got {first}"
             )
         if self.smoothing is not None:
             _validate.between(where, 0.0, 1.0, **_flag("smoothing", self.smoothing))
@@ -117,12 +131,69 @@ class TrainConfig:
         if self.dataset == "digits" and self.data_dir is not None:
             raise ValueError("train: --data-dir has no meaning for --dataset digits (embedded)")
 
+    def _check_rate(self) -> None:
+        """No learning rate, or rule for it, beside one that is found."""
+        chosen = [
+            n for n in ("learning_rate", "schedule", "scaling") if getattr(self, n) is not None
+        ]
+        if self.auto and (chosen or self.criterion == "none"):
+            name = chosen[0] if chosen else "criterion"
+            raise ValueError(
+                f"train: --auto decides by itself, leave out {_spelled(name)} {getattr(self, name)}"
+            )
+        if self.schedule in FINDS_ITS_RATE and self.learning_rate is not None:
+            raise ValueError(
+                f"train: --schedule {self.schedule} finds the learning rate, leave out "
+                f"--learning-rate {self.learning_rate}"
+            )
+
+    def resolved(self, num_examples: int) -> TrainConfig:
+        """Every option that was left out, filled in: some defaults depend on others and on the data.
+
+        Args:
+          num_examples: in the training data.
+
+        Returns:
+          A configuration whose numbers are those of the run. With `auto`, learning_rate, schedule and
+          scaling stay None: they are found.
+
+        Raises:
+          ValueError: the sizes contradict each other.
+        """
+
+        def power_of_two(number: float) -> int:
+            return 2 ** round(math.log2(max(number, 1.0)))
+
+        values: dict[str, Any] = dict(
+            initial_batch_size=_FIRST_BATCH_SIZE,
+            max_batch_size=_LARGEST_BATCH_SIZE,
+            scaling="sqrt",
+            schedule="cosine",
+            learning_rate=None if self.schedule in FINDS_ITS_RATE else 0.02,
+        )
+        if self.auto:
+            first = min(max(power_of_two(num_examples / 256), 16), 256)
+            first = self.initial_batch_size or first
+            largest = min(max(power_of_two(num_examples / 4), first), 8192)
+            values = dict(
+                initial_batch_size=first,
+                max_batch_size=max(largest, first),
+                smoothing=0.9,
+                debias=True,
+            )
+        left_out = {k: v for k, v in values.items() if getattr(self, k) in (None, False)}
+        return dataclasses.replace(self, **left_out)
+
     @property
     def output(self) -> Path:
         """The folder for results."""
         return Path("runs", self.dataset) if self.out is None else Path(self.out)
 
 
-def _flag(name: str, value: Any) -> dict[str, Any]:
+def _spelled(name: str) -> str:
     """The field as the command spells it."""
-    return {"--" + name.replace("_", "-"): value}
+    return "--" + name.replace("_", "-")
+
+
+def _flag(name: str, value: Any) -> dict[str, Any]:
+    return {_spelled(name): value}

@@ -19,7 +19,7 @@ from adabatch_jax.training._data import Dataset, load_dataset, to_float
 from adabatch_jax.training._feed import Feed
 from adabatch_jax.training._ladder import rung_for
 from adabatch_jax.training._models import build_model
-from adabatch_jax.training._optimizer import build_optimizer
+from adabatch_jax.training._optimizer import build_optimizer, known
 from adabatch_jax.training._plot import plot_run
 from adabatch_jax.training._progress import Progress
 from adabatch_jax.training._report import MetricsWriter, read_metrics, write_json
@@ -41,6 +41,10 @@ COLUMNS = (
     "test_status",
     "noise_scale",
     "learning_rate",
+    "phase",
+    "minimum_probability",
+    "minimum_location",
+    "setbacks",
     "micro_batch_size",
     "skipped",
     "seconds",
@@ -88,6 +92,7 @@ def run_steps(
         return jnp.asarray(model.apply({"params": params}, (inputs - mean) / deviation))
 
     num_examples = len(dataset.train_labels)
+    config = config.resolved(num_examples)
     budget = config.epochs * num_examples
     optimizer = build_optimizer(config, budget)
     opt_state = optimizer.init(params)
@@ -101,9 +106,11 @@ def run_steps(
     )
     data = jax.device_put((dataset.train_inputs, dataset.train_labels))
     feed = Feed(num_examples, config.seed)
-    largest = config.initial_batch_size if config.criterion == "none" else config.max_batch_size
+    first, largest = known(config.initial_batch_size), known(config.max_batch_size)
+    if config.criterion == "none":
+        largest = first
     skipped_in_a_row = 0
-    batch_size = config.initial_batch_size
+    batch_size = first
     launched: deque[_Launched] = deque()
     start = time.perf_counter()
 
@@ -135,7 +142,7 @@ def run_steps(
             batch_size = read_oldest()
         rung = rung_for(
             batch_size,
-            initial_batch_size=config.initial_batch_size,
+            initial_batch_size=first,
             max_batch_size=largest,
             max_micro_batch_size=config.max_micro_batch_size,
             noise_groups=config.noise_groups,
@@ -193,7 +200,8 @@ def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
     dataset = load_dataset(config.dataset, config.data_dir)
     out = prepare_output(config.output)
     total = config.epochs * len(dataset.train_labels)
-    final_batch_size = config.initial_batch_size
+    config = config.resolved(len(dataset.train_labels))
+    final_batch_size = known(config.initial_batch_size)
     skipped = 0
     with (
         MetricsWriter(out / "metrics.csv", COLUMNS) as writer,

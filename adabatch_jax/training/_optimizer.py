@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import optax
 
@@ -29,12 +30,19 @@ def build_direction(name: str) -> optax.GradientTransformation:
         "adadagrad": lambda: optax.scale_by_rss(initial_accumulator_value=0.0, eps=1e-20),
         "adadagrad-norm": adabatch.scale_by_adagrad_norm,
         "adam": optax.scale_by_adam,
+        "adamp": adabatch.scale_by_adamp,
         "adamw": lambda: optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1e-4)),
         "sgd": optax.identity,
         "momentum": lambda: optax.trace(decay=0.9),
         "lamb": lambda: optax.chain(optax.scale_by_adam(eps=1e-6), optax.scale_by_trust_ratio()),
     }
     return makers[name]()
+
+
+def known(value: Any) -> Any:
+    """An option that `TrainConfig.resolved` has filled in."""
+    assert value is not None, "the configuration is not resolved"
+    return value
 
 
 def build_optimizer(
@@ -47,26 +55,49 @@ def build_optimizer(
       total_examples: the budget of the run, over which the schedule decays.
 
     Returns:
-      A `GradientTransformationExtraArgs` whose `update` reads `noise=`.
+      A `GradientTransformationExtraArgs` whose `update` reads `noise=` and `value=`.
+
+    Raises:
+      ValueError: the run is too short for AutoWU.
     """
+    config = config.resolved(total_examples // config.epochs)
+    first, largest = known(config.initial_batch_size), known(config.max_batch_size)
+    if config.auto:
+        return adabatch.automatic(
+            build_direction(config.optimizer),
+            total_examples=total_examples,
+            initial_batch_size=first,
+            max_batch_size=largest,
+            criterion=build_criterion(config),
+            smoothing=config.smoothing,
+            debias=config.debias,
+            growth_limit=config.growth_limit,
+        )
     criterion = build_criterion(config)
     constant = criterion is None
     rules = {"linear": adabatch.linear_scaling, "sqrt": adabatch.sqrt_scaling}
     links = [
         adabatch.adapt_batch_size(
             criterion or adabatch.norm_test(1.0),
-            initial_batch_size=config.initial_batch_size,
-            max_batch_size=config.initial_batch_size if constant else config.max_batch_size,
+            initial_batch_size=first,
+            max_batch_size=first if constant else largest,
             smoothing=config.smoothing,
             debias=config.debias,
             growth_limit=config.growth_limit,
         ),
         build_direction(config.optimizer),
     ]
-    if config.scaling != "none":
-        base = config.initial_batch_size
-        links.append(adabatch.scale_by_batch_size(rules[config.scaling](), base_batch_size=base))
-    schedule: float | optax.Schedule = config.learning_rate
+    if config.scaling in rules:
+        rule = rules[config.scaling]()
+        links.append(adabatch.scale_by_batch_size(rule, base_batch_size=first))
+    if config.schedule == "autowu":  # a test per epoch, as in the paper
+        epoch = total_examples // config.epochs
+        link = adabatch.scale_by_autowu(total_examples=total_examples, examples_per_test=epoch)
+        return optax.chain(*links, link)
+    if config.schedule == "autowu-improved":
+        link = adabatch.scale_by_improved_autowu(total_examples=total_examples)
+        return adabatch.return_to_minimum(optax.chain(*links, link))
+    schedule: float | optax.Schedule = known(config.learning_rate)
     if config.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(config.learning_rate, total_examples)
+        schedule = optax.cosine_decay_schedule(schedule, total_examples)
     return optax.chain(*links, adabatch.scale_by_example_schedule(schedule))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import adabatch_jax as adabatch
+from adabatch_jax.noise._tree import squared_norm
 from adabatch_jax.training._data import to_float
 from adabatch_jax.training._ladder import Rung
 
@@ -46,7 +47,7 @@ def make_step(
     Returns:
       `step(params, opt_state, data, indices, sizes, count) -> (params, opt_state, report)` with
       `data = (inputs, labels)`, `indices` int32 [num_groups, micro_batch_size], `sizes` int32
-      [num_groups], `count` int32: groups in use. A step whose loss or gradient is not finite changes
+      [num_groups], `count` int32: groups in use. A step whose updates are not finite changes
       nothing but `report["skipped"]`.
     """
 
@@ -76,9 +77,9 @@ def make_step(
             noise.mean, opt_state, params, value=value, noise=noise
         )
         new_params = optax.apply_updates(params, updates)
-        finite = (
-            jnp.isfinite(value) & jnp.isfinite(noise.squared_norm) & jnp.isfinite(noise.scatter)
-        )
+        # Judged by the updates: where AutoWU goes back to a snapshot they are finite although the
+        # loss is not, and that step must be made.
+        finite = jnp.isfinite(squared_norm(updates))
 
         def keep(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)

@@ -58,7 +58,34 @@ def test_every_choice_builds():
         assert (built is None) == (criterion == "none")
     for scaling in SCALINGS:
         for schedule in SCHEDULES:
-            build_optimizer(TrainConfig(scaling=scaling, schedule=schedule), total_examples=100)
+            config = TrainConfig(scaling=scaling, schedule=schedule)
+            build_optimizer(config, total_examples=20_000).init(params)
+    for optimizer in OPTIMIZERS:
+        build_optimizer(TrainConfig(optimizer=optimizer, auto=True), total_examples=20_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({}, (16, 512)),
+        ({"initial_batch_size": 64, "max_batch_size": 128}, (64, 128)),
+        ({"auto": True}, (256, 8192)),
+        ({"auto": True, "initial_batch_size": 32}, (32, 8192)),
+        ({"auto": True, "max_batch_size": 300}, (256, 300)),
+    ],
+)
+def test_sizes_that_are_left_out_are_filled_in(options, sizes):
+    config = TrainConfig(**options).resolved(60_000)
+    assert (config.initial_batch_size, config.max_batch_size) == sizes
+    assert config.resolved(60_000) == config
+
+
+def test_what_is_found_is_not_filled_in():
+    assert TrainConfig().resolved(1437).learning_rate == 0.02
+    assert TrainConfig(schedule="autowu").resolved(1437).learning_rate is None
+    automatic = TrainConfig(auto=True).resolved(1437)
+    assert (automatic.learning_rate, automatic.schedule, automatic.scaling) == (None, None, None)
+    assert (automatic.initial_batch_size, automatic.max_batch_size) == (16, 256)
 
 
 def test_every_option_is_documented_for_the_command():

@@ -51,7 +51,7 @@ def test_the_budget_is_met_exactly_and_the_step_compiled_once_per_rung(finished)
 
 def test_the_criterion_applied_to_the_columns_gives_every_batch_size(finished):
     result, _ = finished
-    config, columns = TrainConfig(), result.columns
+    config, columns = TrainConfig().resolved(1437), result.columns
     criterion = build_criterion(config)
     batch_size = config.initial_batch_size
     for i, used in enumerate(columns["batch_size"]):
