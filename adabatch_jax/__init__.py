@@ -25,6 +25,7 @@ from adabatch_jax.batch_size import (
 )
 from adabatch_jax.learning_rate import (
     AutowuPhase,
+    SmoothedLosses,
     WarmupEnd,
     linear_scaling,
     return_to_minimum,
@@ -32,6 +33,7 @@ from adabatch_jax.learning_rate import (
     scale_by_batch_size,
     scale_by_example_schedule,
     scale_by_improved_autowu,
+    smoothed_losses,
     sqrt_scaling,
 )
 from adabatch_jax.noise import GradientNoise, merge_noise, split_groups, value_and_grad_noise
@@ -55,6 +57,7 @@ __all__ = [
     "Criterion",
     "Evidence",
     "GradientNoise",
+    "SmoothedLosses",
     "WarmupEnd",
     "adadagrad",
     "adadagrad_norm",
@@ -79,6 +82,7 @@ __all__ = [
     "scale_by_batch_size",
     "scale_by_example_schedule",
     "scale_by_improved_autowu",
+    "smoothed_losses",
     "split_groups",
     "sqrt_scaling",
     "value_and_grad_noise",

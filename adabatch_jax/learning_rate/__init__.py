@@ -6,6 +6,7 @@
 * `scale_by_autowu` finds the learning rate by itself: it warms up until the loss has passed its
   minimum, goes back to the rate there, and decays. `scale_by_improved_autowu` is the form to start
   with, and `return_to_minimum` around the optimizer takes the parameters back as well.
+  `smoothed_losses` shows what it saw.
 
 AutoWU smooths the losses with a Gaussian process, in one of two ways. "rbf" is the paper's: a very
 smooth kernel of fixed length, fitted to 100 and conditioned on 500 random losses, five times.
@@ -20,9 +21,11 @@ from adabatch_jax.learning_rate._improved import scale_by_improved_autowu
 from adabatch_jax.learning_rate._return import return_to_minimum
 from adabatch_jax.learning_rate._scaling import linear_scaling, scale_by_batch_size, sqrt_scaling
 from adabatch_jax.learning_rate._schedule import scale_by_example_schedule
+from adabatch_jax.learning_rate._smoothed import SmoothedLosses, smoothed_losses
 
 __all__ = [
     "AutowuPhase",
+    "SmoothedLosses",
     "WarmupEnd",
     "linear_scaling",
     "return_to_minimum",
@@ -30,5 +33,6 @@ __all__ = [
     "scale_by_batch_size",
     "scale_by_example_schedule",
     "scale_by_improved_autowu",
+    "smoothed_losses",
     "sqrt_scaling",
 ]

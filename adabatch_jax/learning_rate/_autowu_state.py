@@ -85,3 +85,21 @@ class ScaleByAutowuState(NamedTuple):
             "nonfinite_losses": self.nonfinite_losses,
             "setbacks": self.setbacks,
         }
+
+
+def find_schedule(opt_state: Any, where: str) -> ScaleByAutowuState:
+    """The state of the one `scale_by_autowu` in an optimizer's state, wherever it sits.
+
+    Raises:
+      ValueError: there is none, or more than one; the message begins with `where`.
+    """
+
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, ScaleByAutowuState)
+
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{where}: the optimizer must hold one scale_by_autowu, found {len(found)}"
+        )
+    return found[0]

@@ -59,11 +59,13 @@ def _noise(raw: jax.Array) -> jax.Array:
 
 
 def _choose(key: jax.Array, length: int, count: jax.Array, size: int) -> jax.Array:
-    """`size` random numbers below `count`, or all of them where there are not more; increasing."""
+    """`size` random numbers below `count`; where there are not more, all of them in their order."""
+    number = jnp.arange(length)
     if size >= length:
-        return jnp.arange(length)
-    score = jnp.where(jnp.arange(length) < count, jax.random.uniform(key, (length,)), -1.0)
-    return jnp.sort(jax.lax.top_k(score, size)[1])
+        return number
+    score = jnp.where(number < count, jax.random.uniform(key, (length,)), -1.0)
+    score = jnp.where(count <= size, -number.astype(jnp.float32), score)
+    return jax.lax.top_k(score, size)[1]
 
 
 def _test(

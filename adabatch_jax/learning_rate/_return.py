@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adabatch_jax.learning_rate._autowu_state import ScaleByAutowuState, WarmupEnd
+from adabatch_jax.learning_rate._autowu_state import WarmupEnd, find_schedule
 
 PyTree = Any
+_NAME = "return_to_minimum"
 _PRESENT = 0.98  # from here on in [0, 1] a minimum counts as lying at present
 
 
@@ -71,7 +72,7 @@ def return_to_minimum(
 
     def init(params: PyTree) -> ReturnToMinimumState:
         inner = optimizer.init(params)
-        _schedule(inner)
+        find_schedule(inner, _NAME)
         return ReturnToMinimumState(
             snapshots_taken=jnp.zeros((), jnp.int32),
             snapshot_params=jax.tree.map(jnp.copy, params),
@@ -92,7 +93,7 @@ def return_to_minimum(
             )
         before = state.inner_returning_state
         updates, after = optimizer.update(updates, before, params, **extra_args)
-        old, new = _schedule(before), _schedule(after)
+        old, new = find_schedule(before, _NAME), find_schedule(after, _NAME)
         # Told from what changed in this very call: adaptive_multi_steps may drop what it did.
         tested = new.tests_made > old.tests_made
         rising = new.warmup_end == WarmupEnd.RUNNING
@@ -123,18 +124,6 @@ def _difference(there: jax.Array, here: jax.Array, like: jax.Array) -> jax.Array
     """`there − here`, rounded once, in the dtype of the update that it replaces."""
     dtype = jnp.promote_types(there.dtype, like.dtype)
     return (there.astype(dtype) - here.astype(dtype)).astype(like.dtype)
-
-
-def _schedule(opt_state: PyTree) -> ScaleByAutowuState:
-    def is_schedule(x: Any) -> bool:
-        return isinstance(x, ScaleByAutowuState)
-
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(x)]
-    if len(found) != 1:
-        raise ValueError(
-            f"return_to_minimum: the optimizer must hold one scale_by_autowu, found {len(found)}"
-        )
-    return found[0]
 
 
 def _map_moments(change: Callable[[Any], Any], opt_state: Any) -> Any:

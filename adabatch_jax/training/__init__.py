@@ -2,8 +2,8 @@
 
 `train(TrainConfig(...))` is what `adabatch-jax train` calls. In the order of the data: `load_dataset`
 finds and checks the data, `Feed` fixes the order of the examples, `rung_for` the compiled shape of a
-batch, `make_step` the fused step, `build_optimizer` the chain, `plot_run` the picture. The rooms of
-the core know nothing of this one.
+batch, `make_step` the fused step, `build_optimizer` the chain, `plot_run` the picture of the run and
+`plot_warmup` that of AutoWU's decision. The rooms of the core know nothing of this one.
 """
 
 from adabatch_jax.training._config import TrainConfig
@@ -14,6 +14,7 @@ from adabatch_jax.training._loop import TrainingError, TrainResult, run_steps, t
 from adabatch_jax.training._models import build_model
 from adabatch_jax.training._optimizer import build_criterion, build_optimizer
 from adabatch_jax.training._plot import plot_run
+from adabatch_jax.training._plot_warmup import plot_warmup
 from adabatch_jax.training._report import read_metrics
 from adabatch_jax.training._step import make_step
 
@@ -30,6 +31,7 @@ __all__ = [
     "load_dataset",
     "make_step",
     "plot_run",
+    "plot_warmup",
     "read_metrics",
     "run_steps",
     "rung_for",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adabatch_jax as adabatch
-from adabatch_jax.training._config import TrainConfig
+from adabatch_jax.training._config import FINDS_ITS_RATE, TrainConfig
 from adabatch_jax.training._data import Dataset, load_dataset, to_float
 from adabatch_jax.training._feed import Feed
 from adabatch_jax.training._ladder import rung_for
@@ -63,6 +63,15 @@ class TrainResult(NamedTuple):
     summary: dict[str, Any]
 
 
+class Steps(NamedTuple):
+    """What `run_steps` leaves behind."""
+
+    params: PyTree
+    opt_state: PyTree
+    apply: Callable[..., jax.Array]  # (params, inputs) -> logits
+    compilations: int
+
+
 class _Launched(NamedTuple):
     """A step that was handed to the device and not yet read back."""
 
@@ -74,14 +83,14 @@ def run_steps(
     config: TrainConfig,
     dataset: Dataset,
     on_row: Callable[[dict[str, Any]], None],
-) -> tuple[PyTree, Callable[..., jax.Array], int]:
+) -> Steps:
     """Trains on every example once per epoch, and calls `on_row` with each step's numbers.
 
     The batch size of a step is the one decided `config.lag + 1` steps before. The last batch ends
     exactly at the budget.
 
     Returns:
-      The parameters, the model's `(params, inputs) -> logits`, and the number of compilations.
+      What the steps left behind.
     """
     model = build_model(config.model, dataset.num_classes)
     some = to_float(jnp.asarray(dataset.train_inputs[:1]))
@@ -162,7 +171,7 @@ def run_steps(
         launched.append(_Launched(row, report))
     while launched:
         read_oldest()
-    return params, apply, step.compilations
+    return Steps(params, opt_state, apply, step.compilations)
 
 
 def _mean_and_deviation(inputs: np.ndarray) -> tuple[float, float]:
@@ -222,12 +231,12 @@ def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
             )
 
         start = time.perf_counter()
-        params, apply, compilations = run_steps(config, dataset, on_row)
+        done = run_steps(config, dataset, on_row)
         seconds = time.perf_counter() - start
 
     columns = read_metrics(out / "metrics.csv")
     inputs, labels = jnp.asarray(dataset.test_inputs), jnp.asarray(dataset.test_labels)
-    test_loss, test_accuracy = make_evaluation(apply)(params, inputs, labels)
+    test_loss, test_accuracy = make_evaluation(done.apply)(done.params, inputs, labels)
     summary = {
         "test_accuracy": float(test_accuracy),
         "test_loss": float(test_loss),
@@ -235,7 +244,7 @@ def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
         "examples": int(columns["examples"][-1]),
         "initial_batch_size": config.initial_batch_size,
         "final_batch_size": final_batch_size,
-        "train_step_compilations": compilations,
+        "train_step_compilations": done.compilations,
         "skipped_steps": skipped,
         "seconds": seconds,
         "versions": {"adabatch_jax": adabatch.__version__, "jax": jax.__version__},
@@ -244,8 +253,10 @@ def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
     }
     write_json(out / "summary.json", summary)
     title = f"{config.dataset} · {config.model} · {config.optimizer} · test accuracy {test_accuracy:.3f}"
-    plot_run(columns, title=title, path=out / "run.png")
-    return TrainResult(params, columns, summary)
+    searched = config.auto or config.schedule in FINDS_ITS_RATE
+    smoothed = adabatch.smoothed_losses(done.opt_state) if searched else None
+    plot_run(columns, title=title, smoothed=smoothed, path=out / "run.png")
+    return TrainResult(done.params, columns, summary)
 
 
 def prepare_output(folder: Path) -> Path:

@@ -17,12 +17,24 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.lib.stride_tricks import sliding_window_view
 
+from adabatch_jax.learning_rate import SmoothedLosses
+from adabatch_jax.training._plot_style import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    SOFT,
+    add_legend,
+    decimal,
+    dress,
+    say,
+    short,
+)
+from adabatch_jax.training._plot_warmup import draw_smoothed, mark_switch
 from adabatch_jax.training._report import PathLike, atomic_path
 
 Floats = npt.NDArray[np.float64]
 
-_BLUE, _ORANGE, _GREEN = "#2b6cb0", "#d9622b", "#2f8f6b"
-_INK, _TICKS, _SOFT, _GRID = "#1f2933", "#52606d", "#7b8794", "#e4e7eb"
 _STEPS = (1, 2, 2.5, 5, 10)  # distances between ticks
 _MAX_POINTS = 4000  # more than the pixels of a line's width, few enough to draw and to store
 _SMOOTH_FRACTION = 0.02  # of the rows: how far the smoothed loss looks to each side
@@ -34,6 +46,7 @@ def plot_run(
     rows: Mapping[str, Sequence[Any] | npt.NDArray[Any]],
     *,
     title: str = "",
+    smoothed: SmoothedLosses | None = None,
     path: PathLike | None = None,
 ) -> Figure:
     """Draws a run in three panels over a shared axis of examples.
@@ -44,6 +57,8 @@ def plot_run(
         it is known, "noise_scale" (in examples). Not-finite values leave gaps. Other columns are
         ignored.
       title: headline of the figure.
+      smoothed: what AutoWU saw, from `adabatch_jax.smoothed_losses`, with positions in examples: the
+        smoothed loss with its band, and a line through all panels where the warm-up ended.
       path: where to save the picture, atomically; its suffix gives the format (default png).
 
     Returns:
@@ -63,18 +78,20 @@ def plot_run(
     figure = Figure(figsize=(8.0, 7.2), dpi=150, facecolor="white", layout=layout)
     panels: Sequence[Axes] = figure.subplots(3, 1, sharex=True, height_ratios=(1.25, 1.25, 1.0))
     for axes, name in zip(panels, ("Loss", "Batch size", "Learning rate"), strict=True):
-        _dress(axes, name)
+        dress(axes, name)
     _draw_loss(panels[0], data)
     _draw_batch_size(panels[1], data)
     _draw_learning_rate(panels[2], data["examples"], data["learning_rate"])
+    if smoothed is not None:
+        _draw_warmup(panels, smoothed)
 
     start, end = _start(data), data["examples"][-1]
     panels[2].set_xlim(start, end + 0.012 * (end - start))
     panels[2].xaxis.set_major_locator(MaxNLocator(nbins=8, steps=_STEPS, integer=True))
-    panels[2].xaxis.set_major_formatter(FuncFormatter(lambda x, _: _decimal(x)))
-    panels[2].set_xlabel("Examples", color=_INK)
+    panels[2].xaxis.set_major_formatter(FuncFormatter(lambda x, _: decimal(x)))
+    panels[2].set_xlabel("Examples", color=INK)
     if title:
-        figure.suptitle(title, x=0.015, ha="left", fontsize=14, fontweight="bold", color=_INK)
+        figure.suptitle(title, x=0.015, ha="left", fontsize=14, fontweight="bold", color=INK)
     if path is not None:
         suffix = pathlib.Path(path).suffix.removeprefix(".") or "png"
         with atomic_path(path) as temporary:
@@ -106,26 +123,16 @@ def _start(data: Mapping[str, Floats]) -> float:
     return float(max(0.0, first - (batch_size if batch_size > 0 else 1.0)))
 
 
-def _dress(axes: Axes, name: str) -> None:
-    axes.set_title(name, loc="left", fontsize=11, fontweight="bold", color=_INK)
-    axes.grid(True, which="major", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", length=0, labelsize=9.5, labelcolor=_TICKS, pad=5)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color("#cbd2d9")
-
-
 def _draw_loss(axes: Axes, data: Mapping[str, Floats]) -> None:
     examples, loss = data["examples"], data["loss"]
     known = ~np.isnan(loss)
     if not known.any():
-        _say(axes, "no finite loss")
+        say(axes, "no finite loss")
         return
     smooth = _smooth(loss, round(_SMOOTH_FRACTION * len(loss)))
     marker = "o" if len(loss) == 1 else None
-    axes.plot(*_thin(examples, loss), color=_BLUE, alpha=0.28, linewidth=0.9)
-    axes.plot(*_thin(examples, smooth), color=_BLUE, linewidth=2.0, marker=marker, markersize=5.5)
+    axes.plot(*_thin(examples, loss), color=BLUE, alpha=0.28, linewidth=0.9)
+    axes.plot(*_thin(examples, smooth), color=BLUE, linewidth=2.0, marker=marker, markersize=5.5)
 
     # A few spikes must not flatten the curve: the smoothed line and most of the raw one decide,
     # each row with the width it takes in the picture.
@@ -144,9 +151,9 @@ def _draw_loss(axes: Axes, data: Mapping[str, Floats]) -> None:
         margin = 0.07 * (high - low) or 0.1 * abs(high) or 1.0
         axes.set_ylim(low - margin, high + margin)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_STEPS))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(y)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
     last = np.flatnonzero(known)[-1]
-    _label(axes, examples[last], smooth[last], f"{smooth[last]:.3g}", _BLUE, "right")
+    _label(axes, examples[last], smooth[last], f"{smooth[last]:.3g}", BLUE, "right")
 
 
 def _draw_batch_size(axes: Axes, data: Mapping[str, Floats]) -> None:
@@ -157,7 +164,7 @@ def _draw_batch_size(axes: Axes, data: Mapping[str, Floats]) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _binary(y)))
     if np.isnan(batch_size).all():
-        _say(axes, "no batch size")
+        say(axes, "no batch size")
         return
     log_noise = np.log2(noise)
     has_noise = not np.isnan(noise).all()
@@ -165,28 +172,25 @@ def _draw_batch_size(axes: Axes, data: Mapping[str, Floats]) -> None:
         trend = np.exp2(_smooth(log_noise, round(_SMOOTH_FRACTION / 2 * len(noise))))
         x, y = _thin(examples, trend)
         marker = "o" if np.count_nonzero(~np.isnan(y)) == 1 else None
-        axes.plot(x, y, color=_SOFT, alpha=0.75, lw=1.2, marker=marker, ms=4, label="noise scale")
+        axes.plot(x, y, color=SOFT, alpha=0.75, lw=1.2, marker=marker, ms=4, label="noise scale")
     # A row's batch ends at its examples, so its step reaches back to the row before it. Of equal
     # steps in a row only the last point counts.
     x, y = np.append(_start(data), examples), np.append(batch_size[0], batch_size)
     keep = np.append(y[:-1] != y[1:], True)
     keep[0] = True
     axes.plot(
-        x[keep], y[keep], color=_ORANGE, linewidth=2.0, drawstyle="steps-pre", label="batch size"
+        x[keep], y[keep], color=ORANGE, linewidth=2.0, drawstyle="steps-pre", label="batch size"
     )
     low, high = float(np.nanmin(y)), float(np.nanmax(y))
     _set_octaves(axes, low, high, log_noise[~np.isnan(log_noise)])
     if low == high:
-        _label(axes, x[-1], high, f"{high:,.0f} throughout", _ORANGE, "right")
+        _label(axes, x[-1], high, f"{high:,.0f} throughout", ORANGE, "right")
     else:
         begin = x[np.nanargmax(batch_size)]
         left = begin - x[0] < 0.6 * (x[-1] - x[0])  # the text must not leave the panel
-        _label(axes, begin, high, f"max {high:,.0f}", _ORANGE, "left" if left else "right")
+        _label(axes, begin, high, f"max {high:,.0f}", ORANGE, "left" if left else "right")
     if has_noise:
-        axes.legend(
-            loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, ncols=2, frameon=False,
-            fontsize=9.5, labelcolor=_TICKS, handlelength=1.6, columnspacing=1.4,
-        )  # fmt: skip
+        add_legend(axes)
 
 
 def _set_octaves(axes: Axes, low: float, high: float, log_noise: Floats) -> None:
@@ -217,17 +221,28 @@ def _label(axes: Axes, x: float, y: float, text: str, color: str, side: str) -> 
 def _draw_learning_rate(axes: Axes, examples: Floats, learning_rate: Floats) -> None:
     known = learning_rate[~np.isnan(learning_rate)]
     if not known.size:
-        _say(axes, "no finite learning rate")
+        say(axes, "no finite learning rate")
         return
     marker = "o" if len(learning_rate) == 1 else None
     axes.plot(
-        *_thin(examples, learning_rate), color=_GREEN, linewidth=2.0, marker=marker, markersize=5
+        *_thin(examples, learning_rate), color=GREEN, linewidth=2.0, marker=marker, markersize=5
     )
     low, high = min(0.0, float(known.min())), max(0.0, float(known.max()))
     room = 0.1 * (high - low) or 1.0
     axes.set_ylim(low - room if low < 0 else 0.0, high + room)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=_STEPS))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(y)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
+
+
+def _draw_warmup(panels: Sequence[Axes], smoothed: SmoothedLosses) -> None:
+    for axes in panels:
+        mark_switch(axes, smoothed, text=axes is panels[0])
+    if not smoothed.grid.size:
+        return
+    limits = panels[0].get_ylim()
+    draw_smoothed(panels[0], smoothed)
+    panels[0].set_ylim(limits)
+    add_legend(panels[0])
 
 
 def _smooth(values: Floats, reach: int) -> Floats:
@@ -266,27 +281,9 @@ def _thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
     return x[keep], y[keep]
 
 
-def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_SOFT)
-    axes.yaxis.set_major_locator(NullLocator())
-
-
-def _decimal(number: float) -> str:
-    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.4g}{suffix}"
-    return f"{number:g}"
-
-
 def _binary(number: float) -> str:
     """Powers of two as people say them: 512, 1k, 64k, 1M."""
     for exponent, suffix in ((30, "G"), (20, "M"), (10, "k")):
         if number >= 2**exponent:
             return f"{number / 2**exponent:g}{suffix}"
     return f"{number:g}"
-
-
-def _short(number: float) -> str:
-    """0.05 and 2e-5 rather than 2e-05."""
-    mantissa, e, exponent = f"{number:.6g}".partition("e")
-    return f"{mantissa}e{int(exponent)}" if e else mantissa

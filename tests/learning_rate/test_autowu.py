@@ -118,7 +118,9 @@ def test_at_the_limit_it_may_go_back_too():
     assert rise(30)[11] < float(back.peak_learning_rate[-1]) < rise(30)[17]
 
 
-@pytest.mark.parametrize(("steps", "per_test", "fraction"), [(61, 5, 0.5), (60, 7, 0.37), (53, 4, 1)])
+@pytest.mark.parametrize(
+    ("steps", "per_test", "fraction"), [(61, 5, 0.5), (60, 7, 0.37), (53, 4, 1)]
+)
 def test_with_a_constant_batch_examples_and_steps_are_one_clock(steps, per_test, fraction):
     b, losses = 96, BOWL[:steps] if steps <= T else np.append(BOWL, 6.0)
     common = dict(max_warmup_fraction=fraction, cooldown_fraction=0.2, patience=2)
