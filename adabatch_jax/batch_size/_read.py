@@ -43,13 +43,17 @@ def _plain(state: Any) -> Any:
     )
 
 
+def _controllers(opt_state: PyTree) -> list[AdaptBatchSizeState]:
+    return [s for s in _states(opt_state) if isinstance(s, AdaptBatchSizeState)]
+
+
 def controller_state(opt_state: PyTree) -> AdaptBatchSizeState:
     """The one batch-size controller in `opt_state`.
 
     Raises:
       ValueError: there is none, or more than one.
     """
-    found = [s for s in _states(opt_state) if isinstance(s, AdaptBatchSizeState)]
+    found = _controllers(opt_state)
     if not found:
         raise ValueError(
             "no batch-size controller in this optimizer state: add adapt_batch_size to the chain"
@@ -119,16 +123,17 @@ def metrics(opt_state: PyTree) -> dict[str, Any]:
     `required_batch_size` (of the last update's test; NaN if it made none), `degrees_of_freedom`,
     `test_status` (`BatchSizeStatus`), `skipped_tests`, and `learning_rate`: the product of what
     `inject_hyperparams`, `scale_by_example_schedule` and `scale_by_batch_size` last applied, NaN if
-    there is none of these. Links add keys of their own.
+    there is none of these. Links add keys of their own; for those of AutoWU see `scale_by_autowu`.
 
     Args:
       opt_state: state of an optimizer with one `adapt_batch_size` in it; inside jit or on the host.
+        Without a controller, the keys of the other links of ours alone.
 
     Returns:
       dict from name to scalar.
 
     Raises:
-      ValueError: no controller in the state, or more than one.
+      ValueError: no link of ours in the state, or more than one controller.
 
     Example:
       >>> import jax.numpy as jnp
@@ -137,7 +142,9 @@ def metrics(opt_state: PyTree) -> dict[str, Any]:
       >>> metrics(link.init(jnp.zeros(3)))["num_examples"]
       0
     """
-    shown = controller_state(opt_state).report_metrics()
+    ours = any(hasattr(type(s), "report_metrics") for s in _states(opt_state))
+    without = ours and not _controllers(opt_state)
+    shown = {} if without else controller_state(opt_state).report_metrics()
     factors = []
     for state in _states(opt_state):
         if isinstance(state, AdaptBatchSizeState):

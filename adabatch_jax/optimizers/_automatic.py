@@ -157,9 +157,10 @@ def _rule_for(direction: optax.GradientTransformation) -> Callable[..., Any]:
     try:
         once, twice = answer(0.5), answer(1.0)
     except Exception as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"automatic: the direction could not be tried on a parameter of shape [1] ({error}): say "
-            "by scaling=adabatch.sqrt_scaling() or linear_scaling() how the rate follows the batch"
+            f"automatic: the direction could not be tried on a parameter of shape [1] ({why}): say by "
+            "scaling=adabatch.sqrt_scaling() or linear_scaling() how the rate follows the batch"
         ) from error
     if not once > 0:
         raise ValueError(

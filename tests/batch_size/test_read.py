@@ -192,3 +192,9 @@ def test_two_controllers_are_an_error(read):
     state = optax.partition(links, {"x": "a", "y": "b"}).init({"x": PARAMS, "y": PARAMS})
     with pytest.raises(ValueError, match=r"2 batch-size controllers.*optax\.partition"):
         read(state)
+
+
+def test_other_links_report_without_a_controller():
+    shown = metrics(optax.chain(optax.scale_by_adam(), scale_by_example_schedule(0.3)).init(PARAMS))
+    assert set(shown) == {"learning_rate"}
+    np.testing.assert_allclose(shown["learning_rate"], 0.3, rtol=1e-6)

@@ -1,0 +1,181 @@
+"""`automatic`: its links in order, each told what it needs, around any direction."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adabatch_jax as adabatch
+from adabatch_jax import AutowuPhase, WarmupEnd
+from adabatch_jax.optimizers._automatic import _rule_for
+
+MICRO, FIRST, LARGEST, TOTAL = 4, 32, 512, 40_000
+RNG = np.random.default_rng(0)
+X = jnp.float32(RNG.normal(size=(8192, 6)))
+Y = X @ jnp.arange(1.0, 7.0) + jnp.float32(2.0 * RNG.normal(size=8192))
+
+
+def loss_fn(params, batch):
+    x, y = batch
+    return jnp.mean(jnp.square(x @ params["w"] + params["b"] - y))
+
+
+def make(direction=None, **options):
+    sizes = dict(total_examples=TOTAL, initial_batch_size=FIRST, max_batch_size=LARGEST)
+    direction = optax.scale_by_adam() if direction is None else direction
+    return adabatch.automatic(direction, **(sizes | {"multiple_of": MICRO} | options))
+
+
+def train(optimizer):
+    """The metrics of every step, as columns; and the last loss."""
+    measure = adabatch.value_and_grad_noise(loss_fn)
+
+    @jax.jit
+    def step(params, state, start, count):
+        rows = (start + jnp.arange(LARGEST)) % len(Y)
+        groups = adabatch.split_groups((X[rows], Y[rows]), LARGEST // MICRO)
+        value, noise = measure(params, groups, count=count)
+        updates, state = optimizer.update(noise.mean, state, params, value=value, noise=noise)
+        return optax.apply_updates(params, updates), state, value, adabatch.metrics(state)
+
+    params = {"w": jnp.zeros(6), "b": jnp.zeros(())}
+    state, used, rows = optimizer.init(params), 0, []
+    while used < TOTAL:
+        size = int(adabatch.get_batch_size(state))
+        params, state, value, shown = step(params, state, used, size // MICRO)
+        used += size
+        rows.append({**jax.device_get(shown), "used": size, "loss": float(value)})
+    assert step._cache_size() == 1
+    return {k: np.array([r[k] for r in rows]) for k in rows[0]}, params
+
+
+@pytest.fixture(scope="module")
+def run():
+    return train(make())
+
+
+def test_it_learns(run):
+    columns, params = run
+    np.testing.assert_allclose(params["w"], np.arange(1.0, 7.0), atol=0.15)
+    assert np.mean(columns["loss"][-5:]) < 4.5, "the noise alone is 4"
+
+
+def test_the_batch_is_held_while_the_rate_is_sought_and_grows_after(run):
+    columns, _ = run
+    rising = columns["warmup_end"] == WarmupEnd.RUNNING
+    assert 10 < rising.sum() <= 0.2 * TOTAL / FIRST
+    assert (columns["batch_size"][rising] == FIRST).all()
+    assert (columns["test_status"][rising] == adabatch.BatchSizeStatus.HELD).all()
+    assert columns["batch_size"][-1] >= 4 * FIRST
+
+
+def test_the_rate_is_autowu_s_times_that_of_the_batch(run):
+    columns, _ = run
+    scale = np.sqrt(columns["used"] / FIRST)
+    falls = columns["phase"] == AutowuPhase.DECAY
+    start = columns["used"][~falls].sum()
+    position = start + np.cumsum(columns["used"][falls])
+    part = (position - start) / (TOTAL - start)
+    peak = columns["peak_learning_rate"][falls]
+    expected = peak * scale[falls] * 0.5 * (1 + np.cos(np.pi * np.minimum(part, 1)))
+    np.testing.assert_allclose(columns["learning_rate"][falls], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_the_drop_in_finds_about_the_same(run):
+    optimizer = adabatch.adaptive_multi_steps(make(), micro_batch_size=MICRO)
+
+    @jax.jit
+    def steps(params, state, starts):
+        def step(carry, start):
+            params, state = carry
+            rows = (start + jnp.arange(MICRO)) % len(Y)
+            value, gradient = jax.value_and_grad(loss_fn)(params, (X[rows], Y[rows]))
+            updates, state = optimizer.update(gradient, state, params, value=value)
+            return (optax.apply_updates(params, updates), state), adabatch.has_updated(state)
+
+        return jax.lax.scan(step, (params, state), starts)
+
+    params = {"w": jnp.zeros(6), "b": jnp.zeros(())}
+    (params, state), updated = steps(
+        params, optimizer.init(params), jnp.arange(0, TOTAL, MICRO, dtype=jnp.int32)
+    )
+    columns, fused = run
+    shown = adabatch.metrics(state)
+    assert abs(int(updated.sum()) - len(columns["loss"])) <= 2
+    assert shown["batch_size"] == columns["batch_size"][-1]
+    np.testing.assert_allclose(
+        shown["peak_learning_rate"], columns["peak_learning_rate"][-1], rtol=0.02
+    )
+    np.testing.assert_allclose(params["w"], fused["w"], atol=0.02)
+
+
+DIRECTIONS = {
+    "adam": (optax.scale_by_adam(), "sqrt"),
+    "adamp": (adabatch.scale_by_adamp(), "sqrt"),
+    "lion": (optax.scale_by_lion(), "sqrt"),
+    "adagrad": (optax.scale_by_rss(0.0), "sqrt"),
+    "adagrad norm": (adabatch.scale_by_adagrad_norm(), "sqrt"),
+    "lamb": (optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio()), "sqrt"),
+    "adam with decay": (
+        optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1e-4)),
+        "sqrt",
+    ),
+    "sgd": (optax.identity(), "linear"),
+    "momentum": (optax.trace(0.9), "linear"),
+    "clipped sgd": (optax.chain(optax.clip_by_global_norm(10.0), optax.trace(0.9)), "linear"),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_the_rule_suits_the_kind_of_direction(name):
+    direction, kind = DIRECTIONS[name]
+    factor = float(_rule_for(direction)(jnp.float32(64.0), jnp.float32(16.0)))
+    assert factor == {"sqrt": 2.0, "linear": 4.0}[kind]
+
+
+@pytest.mark.parametrize(
+    ("direction", "options", "message"),
+    [
+        (optax.adam(1e-3), {}, "without sign and learning rate"),
+        (optax.scale_by_adam(), {"total_examples": 0}, "total_examples must be a positive integer"),
+        (optax.scale_by_adam(), {"initial_batch_size": 1024}, "initial_batch_size"),
+        (optax.scale_by_adam(), {"wings": 2}, "wings"),
+        (optax.scale_by_adam(), {"autowu_options": {"patience": 0}}, "patience"),
+        (optax.masked(optax.trace(0.9), {"w": True}), {}, r"could not be tried.*scaling="),
+    ],
+)
+def test_bad_arguments_are_named(direction, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make(direction, **options)
+
+
+def test_a_direction_that_cannot_be_tried_works_with_a_rule():
+    direction = optax.masked(optax.trace(0.9), {"w": True, "b": False})
+    optimizer = make(direction, scaling=adabatch.linear_scaling())
+    params = {"w": jnp.zeros(6), "b": jnp.zeros(())}
+    value, noise = adabatch.value_and_grad_noise(loss_fn)(
+        params, adabatch.split_groups((X[:32], Y[:32]), 8)
+    )
+    updates, _ = jax.jit(optimizer.update)(
+        noise.mean, optimizer.init(params), params, value=value, noise=noise
+    )
+    np.testing.assert_allclose(updates["w"], -1e-5 * noise.mean["w"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [("value", "value=loss"), ("noise", "noise="), ("params", "keeps a snapshot")],
+)
+def test_what_update_needs_is_said(left_out, message):
+    optimizer = make()
+    params = {"w": jnp.zeros(6), "b": jnp.zeros(())}
+    value, noise = adabatch.value_and_grad_noise(loss_fn)(
+        params, adabatch.split_groups((X[:32], Y[:32]), 8)
+    )
+    given = {"params": params, "value": value, "noise": noise}
+    given.pop(left_out)
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(noise.mean, optimizer.init(params), **given)
