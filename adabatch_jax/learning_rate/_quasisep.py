@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from tinygp import GaussianProcess, kernels
 
+from adabatch_jax.learning_rate._fit import Moments, Parameters, descend, no_moments
 from adabatch_jax.learning_rate._minimum import (
     Draws,
     Posterior,
@@ -35,9 +35,9 @@ class QuasisepFit(NamedTuple):
     of one loss around the curve, and of the length scale.
     """
 
-    parameters: tuple[jax.Array, ...]
+    parameters: Parameters
     fits: jax.Array  # int32; 0: the parameters are not set yet
-    adam: optax.OptState
+    moments: Moments
 
 
 def quasisep_smoother() -> Smoother:
@@ -60,7 +60,7 @@ def quasisep_smoother() -> Smoother:
 
 def _init() -> QuasisepFit:
     logs = tuple(jnp.zeros((), jnp.float32) for _ in range(3))
-    return QuasisepFit(logs, jnp.zeros((), jnp.int32), optax.adam(_FIT_RATE).init(logs))
+    return QuasisepFit(logs, jnp.zeros((), jnp.int32), no_moments(logs))
 
 
 def _test(
@@ -92,7 +92,7 @@ def _fit(state: QuasisepFit, x: jax.Array, y: jax.Array, count: jax.Array) -> Qu
     centred = jnp.where(here, y - jnp.sum(jnp.where(here, y, 0.0)) / n, 0.0)
     missing = (x.shape[0] - n) * jnp.log(jnp.float32(_INFINITE))
 
-    def loss(parameters: tuple[jax.Array, ...]) -> jax.Array:
+    def loss(parameters: Parameters) -> jax.Array:
         """The process for y / √variance, whose numbers are of order one, and the Jacobian."""
         log_variance, log_noise, log_length_scale = parameters
         relative = jnp.maximum(_relative_noise(log_variance, log_noise), _LEAST_NOISE)
@@ -104,14 +104,11 @@ def _fit(state: QuasisepFit, x: jax.Array, y: jax.Array, count: jax.Array) -> Qu
         value = 0.5 * (jnp.sum(jnp.square(alpha)) + volume + n * log_variance) / n
         return value.astype(jnp.float32)
 
-    optimizer = optax.adam(_FIT_RATE)
     shortest, longest = (jnp.log(jnp.float32(bound)) for bound in _LENGTH_SCALES)
 
-    def step(_: Any, carry: Any) -> Any:
-        parameters, adam = carry
-        updates, adam = optimizer.update(jax.grad(loss)(parameters), adam)
-        *others, length_scale = optax.apply_updates(parameters, updates)
-        return (*others, jnp.clip(length_scale, shortest, longest)), adam
+    def project(parameters: Parameters) -> Parameters:
+        *others, log_length_scale = parameters
+        return (*others, jnp.clip(log_length_scale, shortest, longest))
 
     tiny = jnp.float32(1e-12)
     jumps = jnp.sum(jnp.where(here[1:], jnp.square(jnp.diff(y)), 0.0))
@@ -121,10 +118,11 @@ def _fit(state: QuasisepFit, x: jax.Array, y: jax.Array, count: jax.Array) -> Qu
         jnp.log(jnp.float32(_FIRST_LENGTH_SCALE)),
     )
     start = jax.tree.map(lambda a, b: jnp.where(state.fits == 0, a, b), guess, state.parameters)
-    fitted = jax.lax.fori_loop(0, _FIT_STEPS, step, (start, state.adam))
-    good = jnp.isfinite(jnp.stack(fitted[0])).all()  # if not, the old values serve on
-    fitted, adam = jax.tree.map(lambda a, b: jnp.where(good, a, b), fitted, (start, state.adam))
-    return QuasisepFit(fitted, state.fits + 1, adam)
+    before = start, state.moments
+    after = descend(loss, *before, rate=_FIT_RATE, steps=_FIT_STEPS, project=project)
+    good = jnp.isfinite(jnp.stack(after[0])).all()  # if not, the old values serve on
+    fitted, moments = jax.tree.map(lambda a, b: jnp.where(good, a, b), after, before)
+    return QuasisepFit(fitted, state.fits + 1, moments)
 
 
 def _posterior(

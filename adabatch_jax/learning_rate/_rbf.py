@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from tinygp import kernels
 
+from adabatch_jax.learning_rate._fit import Moments, Parameters, descend, no_moments
 from adabatch_jax.learning_rate._minimum import (
     Draws,
     Posterior,
@@ -32,8 +32,8 @@ _NUM_DRAWS = 5
 class RbfFit(NamedTuple):
     """Hyper-parameters, two of them before softplus, and Adam's state: they carry over between tests."""
 
-    parameters: tuple[jax.Array, ...]  # raw outputscale, raw noise, mean
-    adam: optax.OptState
+    parameters: Parameters  # raw outputscale, raw noise, mean
+    moments: Moments
 
 
 def rbf_smoother() -> Smoother:
@@ -51,7 +51,7 @@ def rbf_smoother() -> Smoother:
 def _init() -> RbfFit:
     raw_noise = np.log(np.expm1(_FIRST_NOISE - _NOISE_FLOOR))
     start = tuple(jnp.asarray(np.float32(x)) for x in (0.0, raw_noise, 0.0))
-    return RbfFit(start, optax.adam(_FIT_RATE).init(start))
+    return RbfFit(start, no_moments(start))
 
 
 def _noise(raw: jax.Array) -> jax.Array:
@@ -107,7 +107,7 @@ def _fit(state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array) -> RbfFit:
     rotate = functools.partial(jnp.matmul, basis.T, precision=jax.lax.Precision.HIGHEST)
     y_rotated, one_rotated = rotate(jnp.where(here > 0, y, 0.0)), rotate(here)
 
-    def loss(parameters: tuple[jax.Array, ...]) -> jax.Array:
+    def loss(parameters: Parameters) -> jax.Array:
         raw_outputscale, raw_noise, mean = parameters
         noise = _noise(raw_noise)
         diagonal = jax.nn.softplus(raw_outputscale) * eigenvalues + noise
@@ -115,15 +115,7 @@ def _fit(state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array) -> RbfFit:
         volume = jnp.sum(jnp.log(diagonal)) - (x.shape[0] - n) * jnp.log(noise)
         return 0.5 * (misfit + volume) / n
 
-    optimizer = optax.adam(_FIT_RATE)
-
-    def step(_: Any, carry: Any) -> Any:
-        parameters, adam = carry
-        updates, adam = optimizer.update(jax.grad(loss)(parameters), adam)
-        return optax.apply_updates(parameters, updates), adam
-
-    fitted, adam = jax.lax.fori_loop(0, _FIT_STEPS, step, tuple(state))
-    return RbfFit(fitted, adam)
+    return RbfFit(*descend(loss, *state, rate=_FIT_RATE, steps=_FIT_STEPS))
 
 
 def _posterior(

@@ -256,6 +256,16 @@ def test_the_state_goes_on_after_a_trip_through_numpy():
     chex.assert_trees_all_equal(straight, stopped)
 
 
+@pytest.mark.parametrize("smoother", ["rbf", "quasisep"])
+def test_its_adam_does_not_hide_the_user_s(smoother):
+    optimizer = adabatch.return_to_minimum(
+        optax.chain(optax.scale_by_adam(), schedule(smoother=smoother))
+    )
+    state = optimizer.init({"w": jnp.ones(2)}).inner_returning_state
+    assert int(optax.tree.get(state, "count")) == 0
+    assert set(optax.tree.get(state, "mu")) == {"w"}
+
+
 STEPS = {"total_steps": 100, "steps_per_test": 10}
 EXAMPLES = {"total_examples": 100, "examples_per_test": 10}
 
