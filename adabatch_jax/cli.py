@@ -71,6 +71,14 @@ def _show(result: Any) -> None:
         f"{s['initial_batch_size']} → {s['final_batch_size']}; {s['train_step_compilations']} "
         f"compilations, {s['seconds']:.1f} s"
     )
+    if "warmup" in s:
+        w = s["warmup"]
+        reason = w["ended"].lower().replace("_", " ")
+        halved = f"; halved {w['setbacks']} × after setbacks" if w["setbacks"] else ""
+        print(
+            f"peak learning rate {w['peak_learning_rate']:.2g}, found in {w['examples']:.0f} examples "
+            f"({reason}{halved})"
+        )
     if s["skipped_steps"]:
         print(f"{s['skipped_steps']} steps were skipped: loss or gradient not finite")
     print(f"metrics.csv, summary.json and run.png are in {s['config']['out']}")

@@ -43,6 +43,7 @@ def scale_by_autowu(
     hold_factor: Any = 1.0,
     max_losses: int = 4096,
     smoother: str = "rbf",
+    peak_factor: Any = 1.0,
     at_limit: str = "last",
     watch_divergence: bool = False,
     seed: int = 0,
@@ -94,6 +95,8 @@ def scale_by_autowu(
         in pairs. The steps clock keeps every loss of the warm-up.
       smoother: "rbf", the paper's (random subsets of the losses), or "quasisep" (all of them; see
         the guide of `adabatch_jax.learning_rate`).
+      peak_factor: > 0; on the rate at the minimum when the warm-up turns back to it, up to the last
+        rate of the warm-up.
       at_limit: what to do at W without a switch: keep the "last" rate, or go back to the rate at the
         "minimum" of the smoothed losses even so.
       watch_divergence: end the warm-up at once, at the rate of the minimum, when the loss is not
@@ -107,8 +110,8 @@ def scale_by_autowu(
 
     Returns:
       A `GradientTransformationExtraArgs`. Under `optax.inject_hyperparams`, min_learning_rate,
-      max_learning_rate, confidence and hold_factor may be injected; every other argument belongs to
-      static_args.
+      max_learning_rate, confidence, hold_factor and peak_factor may be injected; every other argument
+      belongs to static_args.
 
     Raises:
       ValueError: an argument out of range; not exactly one clock; a run too short for one test; at
@@ -139,6 +142,7 @@ def scale_by_autowu(
         decay=decay,
         cooldown_fraction=cooldown_fraction,
         hold_factor=hold_factor,
+        peak_factor=peak_factor,
         at_limit=at_limit,
     )
     plan.check(max_losses)
@@ -318,6 +322,8 @@ def _test(
         peak = jnp.where(good > 0, peak, lowest)
     else:
         peak = jnp.where(good > 0, peak, rate)
+    factor = jnp.asarray(plan.peak_factor).astype(jnp.float32)
+    peak = jnp.minimum(factor * peak, jnp.maximum(peak, rate))
     reason = jnp.where(stop, int(WarmupEnd.AT_LIMIT), state.warmup_end)
     reason = jnp.where(past, int(WarmupEnd.MINIMUM_PASSED), reason)
     reason = jnp.where(diverged, int(WarmupEnd.DIVERGED), reason)

@@ -32,6 +32,7 @@ class Plan(NamedTuple):
     decay: str
     cooldown_fraction: float | None
     hold_factor: Any
+    peak_factor: Any
     at_limit: str
 
     @property
@@ -63,7 +64,8 @@ class Plan(NamedTuple):
             value = getattr(self, name)
             if value is not None:
                 _validate.between(_NAME, 0.0, 1.0, closed=True, **{name: value})
-        _validate.positive(_NAME, confidence=self.confidence, hold_factor=self.hold_factor)
+        factors = {"hold_factor": self.hold_factor, "peak_factor": self.peak_factor}
+        _validate.positive(_NAME, confidence=self.confidence, **factors)
         _validate.between(_NAME, 0.0, 1.0, confidence=self.confidence)
         _validate.positive_int(_NAME, patience=self.patience, max_losses=max_losses)
         if max_losses < 16:

@@ -20,13 +20,14 @@ class ReturnToMinimumState(NamedTuple):
     """State of `return_to_minimum`: a second set of parameters and moments."""
 
     snapshots_taken: jax.Array  # int32
+    returns_made: jax.Array  # int32: steps that led back to the snapshot
     snapshot_params: PyTree
     snapshot_moments: PyTree  # the parts of the optimizer state that go back with them
     inner_returning_state: PyTree
 
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""
-        return {"snapshots_taken": self.snapshots_taken}
+        return {"snapshots_taken": self.snapshots_taken, "returns_made": self.returns_made}
 
 
 def return_to_minimum(
@@ -75,6 +76,7 @@ def return_to_minimum(
         find_schedule(inner, _NAME)
         return ReturnToMinimumState(
             snapshots_taken=jnp.zeros((), jnp.int32),
+            returns_made=jnp.zeros((), jnp.int32),
             snapshot_params=jax.tree.map(jnp.copy, params),
             snapshot_moments=jax.tree.map(jnp.copy, _moments(inner)),
             inner_returning_state=inner,
@@ -112,6 +114,7 @@ def return_to_minimum(
         moments = choose(back, state.snapshot_moments, _moments(after))
         return choose(back, way_back, updates), ReturnToMinimumState(
             snapshots_taken=state.snapshots_taken + best.astype(jnp.int32),
+            returns_made=state.returns_made + back.astype(jnp.int32),
             snapshot_params=choose(best, params, state.snapshot_params),
             snapshot_moments=choose(best, _moments(before), state.snapshot_moments),
             inner_returning_state=_with_moments(after, moments),

@@ -27,6 +27,7 @@ from adabatch_jax.training._step import CompiledSteps, make_evaluation, make_ste
 
 PyTree = Any
 MAX_SKIPPED_IN_A_ROW = 10
+HINTS = {"autowu": "Try --schedule autowu-improved, which goes back when the loss explodes"}
 EVIDENCE = ("noise_numerator", "noise_denominator", "required_batch_size")
 COLUMNS = (
     "step",
@@ -141,7 +142,7 @@ def run_steps(
             raise TrainingError(
                 f"step {row['step']}: {MAX_SKIPPED_IN_A_ROW} steps in a row gave a loss or gradient "
                 f"that is not finite (last loss {float(row['loss'])}); nothing was learned from them. "
-                "Try a smaller learning rate"
+                f"{HINTS.get(config.schedule or '', 'Try a smaller learning rate')}"
             )
         return next_batch_size
 
@@ -190,7 +191,9 @@ def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
     Returns:
       Parameters, metrics by column and the summary: `test_accuracy` and `test_loss` (fraction, nats),
       `optimizer_steps`, `examples`, `initial_batch_size`, `final_batch_size`,
-      `train_step_compilations`, `seconds` (training alone), `skipped_steps`, and the configuration.
+      `train_step_compilations`, `seconds` (training alone), `skipped_steps`, the configuration and,
+      where AutoWU found the rate, `warmup`: why it `ended`, after how many `examples`, the
+      `peak_learning_rate` at the first batch size, `tests` and `setbacks`.
 
     Raises:
       ValueError: the data cannot be used.
@@ -251,12 +254,25 @@ def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
         "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "config": {**dataclasses.asdict(config), "out": str(out)},
     }
-    write_json(out / "summary.json", summary)
     title = f"{config.dataset} · {config.model} · {config.optimizer} · test accuracy {test_accuracy:.3f}"
-    searched = config.auto or config.schedule in FINDS_ITS_RATE
-    smoothed = adabatch.smoothed_losses(done.opt_state) if searched else None
+    smoothed = None
+    if config.auto or config.schedule in FINDS_ITS_RATE:
+        smoothed = adabatch.smoothed_losses(done.opt_state)
+        summary["warmup"] = _warmup(adabatch.metrics(done.opt_state), smoothed)
+    write_json(out / "summary.json", summary)
     plot_run(columns, title=title, smoothed=smoothed, path=out / "run.png")
     return TrainResult(done.params, columns, summary)
+
+
+def _warmup(shown: dict[str, Any], smoothed: adabatch.SmoothedLosses) -> dict[str, Any]:
+    """How AutoWU's warm-up went; numbers that are not known are null."""
+    return {
+        "ended": adabatch.WarmupEnd(int(shown["warmup_end"])).name,
+        "examples": smoothed.end,
+        "peak_learning_rate": float(shown["peak_learning_rate"]),
+        "tests": int(shown["tests_made"]),
+        "setbacks": int(shown["setbacks"]),
+    }
 
 
 def prepare_output(folder: Path) -> Path:

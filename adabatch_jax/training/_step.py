@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 import adabatch_jax as adabatch
-from adabatch_jax.noise._tree import squared_norm
 from adabatch_jax.training._data import to_float
 from adabatch_jax.training._ladder import Rung
 
@@ -47,8 +46,8 @@ def make_step(
     Returns:
       `step(params, opt_state, data, indices, sizes, count) -> (params, opt_state, report)` with
       `data = (inputs, labels)`, `indices` int32 [num_groups, micro_batch_size], `sizes` int32
-      [num_groups], `count` int32: groups in use. A step whose updates are not finite changes
-      nothing but `report["skipped"]`.
+      [num_groups], `count` int32: groups in use. A step whose loss or gradient is not finite changes
+      nothing but `report["skipped"]`, unless it leads back to the snapshot of `return_to_minimum`.
     """
 
     def loss_fn(
@@ -77,9 +76,12 @@ def make_step(
             noise.mean, opt_state, params, value=value, noise=noise
         )
         new_params = optax.apply_updates(params, updates)
-        # Judged by the updates: where AutoWU goes back to a snapshot they are finite although the
-        # loss is not, and that step must be made.
-        finite = jnp.isfinite(squared_norm(updates))
+        shown, before = adabatch.metrics(new_state), adabatch.metrics(opt_state)
+        finite = (
+            jnp.isfinite(value) & jnp.isfinite(noise.squared_norm) & jnp.isfinite(noise.scatter)
+        )
+        if "returns_made" in shown:  # a step back to AutoWU's snapshot is made whatever the loss is
+            finite |= shown["returns_made"] > before["returns_made"]
 
         def keep(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)

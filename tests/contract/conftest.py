@@ -138,7 +138,7 @@ TABLE = [
         adabatch.scale_by_autowu,
         (),
         {"total_steps": 8, "steps_per_test": 1, "patience": 2},
-        ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor"),
+        ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor", "peak_factor"),
         value_of,
         by_hand=1,  # the second makes a Gaussian process test
     ),
@@ -149,7 +149,7 @@ TABLE = [
         {"total_examples": 400, "examples_per_test": 16, "cooldown_fraction": 0.2}
         | {"smoother": "quasisep", "watch_divergence": True, "at_limit": "minimum"}
         | {"max_losses": 16},
-        ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor"),
+        ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor", "peak_factor"),
         noise_of,
         by_hand=1,
     ),

@@ -109,6 +109,18 @@ def test_past_the_minimum_it_goes_back_to_the_rate_there():
         assert rise(30)[11] < float(states.peak_learning_rate[-1]) < rise(30)[17]
 
 
+def test_the_peak_may_lie_above_or_below_the_rate_at_the_minimum():
+    """But not above the last rate tried."""
+    peaks = []
+    for factor in (0.5, 1.0, 1.5, 100.0):
+        link = schedule(smoother="quasisep", patience=2, peak_factor=factor)
+        _, states = run(link, BOWL)
+        peaks.append(float(states.peak_learning_rate[-1]))
+    end = int(states.peak_position[-1])
+    np.testing.assert_allclose(peaks[0::2], np.array([0.5, 1.5]) * peaks[1], rtol=1e-5)
+    np.testing.assert_allclose(peaks[3], rise(30)[end - 1], rtol=1e-5)
+
+
 def test_at_the_limit_it_may_go_back_too():
     """With more patience than there are tests."""
     _, last = run(schedule(smoother="quasisep", patience=9), BOWL)
@@ -286,6 +298,7 @@ EXAMPLES = {"total_examples": 100, "examples_per_test": 10}
         (STEPS | {"cooldown_fraction": -0.1}, "cooldown_fraction must lie in .*, got -0.1"),
         (STEPS | {"hold_factor": 0.0}, "hold_factor must be a positive number, got 0.0"),
         (STEPS | {"hold_factor": 1.1}, "hold_factor must lie in .*, got 1.1"),
+        (STEPS | {"peak_factor": 0.0}, "peak_factor must be a positive number, got 0.0"),
         (STEPS | {"confidence": 1.0}, "confidence must lie in .*, got 1.0"),
         (STEPS | {"patience": 0}, "patience must be a positive integer, got 0"),
         (STEPS | {"max_losses": 8}, "max_losses must be at least 16, got 8"),
