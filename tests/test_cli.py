@@ -1,6 +1,7 @@
 """The command, as a user runs it: messages, exit status, files."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -30,6 +31,16 @@ def test_a_small_run_prints_its_result_and_where_it_lies(tmp_path, capsys):
         (["train", "--initial-batch-size", "0"], "--initial-batch-size must be a positive integer"),
         (["train", "--initial-batch-size", "64", "--max-batch-size", "32"], "exceeds"),
         (["train", "--dataset", "mnist", "--data-dir", "nowhere"], "nowhere"),
+        (
+            ["train", "--auto", "--learning-rate", "0.1"],
+            "--auto decides by itself, leave out --lea",
+        ),
+        (["train", "--auto", "--criterion", "none"], "leave out --criterion none"),
+        (
+            ["train", "--schedule", "autowu", "--learning-rate", "1"],
+            "leave out --learning-rate 1.0",
+        ),
+        (["train", "--schedule", "autowu", "--epochs", "2"], "too short for one test"),
         (["train", "--out", "/dev/null/below"], "--out /dev/null/below cannot be written"),
     ],
 )
@@ -39,6 +50,13 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert message in output.err
     assert output.err.count("\n") == 1 and output.err.startswith("adabatch-jax: ")
     assert output.out == ""
+
+
+def test_a_rate_that_was_found_is_told(tmp_path, capsys):
+    arguments = ["--auto", "--model", "logistic", "--epochs", "2", "--out", str(tmp_path)]
+    assert main(["train", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"peak learning rate \S+, found in \d+ examples \((minimum|diverged|at)", said)
 
 
 def test_a_truncated_file_is_one_line_and_leaves_nothing_behind(tmp_path, capsys):

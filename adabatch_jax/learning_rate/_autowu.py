@@ -249,7 +249,7 @@ def scale_by_autowu(
         delay = 0.0 if gp.looks_ahead else increment.astype(jnp.float32) / span
 
         def test(state: ScaleByAutowuState) -> dict[str, Any]:
-            return _test(plan, gp, state, span, delay, diverged, stop)
+            return _test(plan, gp, state, span, span / last, delay, diverged, stop)
 
         def wait(state: ScaleByAutowuState) -> dict[str, Any]:
             return {name: getattr(state, name) for name in _TESTED}
@@ -294,6 +294,7 @@ def _test(
     gp: Smoother,
     state: ScaleByAutowuState,
     span: jax.Array,
+    progress: jax.Array,
     delay: Any,
     diverged: jax.Array,
     stop: jax.Array,
@@ -304,7 +305,9 @@ def _test(
     # Optax and tinygp mix dtypes and ranks freely; what users demand of their code is their affair.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         x = (history.positions / span).astype(jnp.float32)
-        fitted, draws = gp.test(state.smoother_state, x, history.losses, history.entries, draw_key)
+        fitted, draws = gp.test(
+            state.smoother_state, x, history.losses, history.entries, draw_key, progress
+        )
     fitted = jax.tree.map(lambda a, b: a.astype(b.dtype), fitted, state.smoother_state)
     ok = jnp.isfinite(draws.probability) & jnp.isfinite(draws.location)
     good = jnp.sum(ok.astype(jnp.float32))

@@ -33,8 +33,9 @@ class Draws(NamedTuple):
 class Smoother(NamedTuple):
     """A way to smooth a series of losses: `rbf_smoother` or `quasisep_smoother`.
 
-    `test(state, x, y, count, key) -> (state, Draws)`: x (increasing, in [0, 1]) and y are float32 [n],
-    of which the first `count` are there. `posterior(state, x, y, count) -> (grid [k], Posterior)` uses
+    `test(state, x, y, count, key, progress) -> (state, Draws)`: x (increasing, in [0, 1]) and y are
+    float32 [n], of which the first `count` are there; progress is the part of the warm-up, in (0, 1],
+    that they cover. `posterior(state, x, y, count) -> (grid [k], Posterior)` uses
     the hyper-parameters that the last test has set.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,9 @@ _FIT_RATE = 0.1
 _FIT_SIZE = 2000  # losses, at most, that the hyper-parameters are fitted to
 _NUM_CELLS = 500  # means of consecutive losses, at most, that the curve is conditioned on
 _FIRST_LENGTH_SCALE = 0.2
-_LENGTH_SCALES = (0.05, 1.0)  # of the series: shorter would follow the noise
+_LENGTH_SCALES = (0.05, 1.0)  # of the series
+_LEAST_OF_WARMUP = 0.1  # length scale over that of the whole warm-up, at least
+_LEAST_LOCATION = 0.05  # of a minimum that counts
 _LEAST_NOISE = 1e-4  # noise variance over that of the curve, at least: float32 needs some
 _INFINITE = 1e8  # the same, of a point that is not there
 
@@ -45,7 +47,10 @@ def quasisep_smoother() -> Smoother:
 
     The first test starts from the variance of the losses and from their neighbours' differences.
     Each test makes 10 Adam steps (rate 0.1, on the logarithms) on an evenly thinned series of at most
-    2,000 losses with the quasi-separable solver; the length scale stays within [0.05, 1] of the series.
+    2,000 losses with the quasi-separable solver. The length scale stays within [0.05, 1] of the series,
+    and above a tenth of the whole warm-up (half a decade of the rate, by default): a curve that could
+    bend faster would find minima in the noise before the loss has begun to fall. For the same reason a
+    minimum in the first twentieth of the series does not count.
 
     The curve is conditioned on at most 500 means of equally many consecutive losses, with the noise
     variance divided by their number: all losses count, and a mean stands at most 1/250 of the series,
@@ -64,12 +69,20 @@ def _init() -> QuasisepFit:
 
 
 def _test(
-    state: QuasisepFit, x: jax.Array, y: jax.Array, count: jax.Array, key: jax.Array
+    state: QuasisepFit,
+    x: jax.Array,
+    y: jax.Array,
+    count: jax.Array,
+    key: jax.Array,
+    progress: Any = 1.0,
 ) -> tuple[QuasisepFit, Draws]:
     del key
-    state = _fit(state, x, y, count)
-    result = draw(*_posterior(state, x, y, count))
-    return state, jax.tree.map(lambda v: v[None], result)
+    state = _fit(state, x, y, count, progress)
+    seen = draw(*_posterior(state, x, y, count))
+    # A curve that is lowest where it starts has not fallen yet: what rises is noise.
+    has_fallen = ~(seen.location < _LEAST_LOCATION)
+    seen = seen._replace(probability=jnp.where(has_fallen, seen.probability, 0.0))
+    return state, jax.tree.map(lambda v: v[None], seen)
 
 
 def _relative_noise(log_variance: jax.Array, log_noise: jax.Array) -> jax.Array:
@@ -85,7 +98,9 @@ def _thin(count: jax.Array, length: int, size: int) -> tuple[jax.Array, jax.Arra
     return jnp.minimum(index, length - 1), (slot < used) & (slot < count)
 
 
-def _fit(state: QuasisepFit, x: jax.Array, y: jax.Array, count: jax.Array) -> QuasisepFit:
+def _fit(
+    state: QuasisepFit, x: jax.Array, y: jax.Array, count: jax.Array, progress: Any
+) -> QuasisepFit:
     index, here = _thin(count, x.shape[0], min(_FIT_SIZE, x.shape[0]))
     x, y = jnp.where(here, x[index], 1.0), y[index]
     n = jnp.maximum(jnp.sum(here.astype(jnp.float32)), 1.0)
@@ -104,11 +119,12 @@ def _fit(state: QuasisepFit, x: jax.Array, y: jax.Array, count: jax.Array) -> Qu
         value = 0.5 * (jnp.sum(jnp.square(alpha)) + volume + n * log_variance) / n
         return value.astype(jnp.float32)
 
-    shortest, longest = (jnp.log(jnp.float32(bound)) for bound in _LENGTH_SCALES)
+    shortest, longest = (jnp.float32(bound) for bound in _LENGTH_SCALES)
+    shortest = jnp.clip(_LEAST_OF_WARMUP / jnp.float32(progress), shortest, longest)
 
     def project(parameters: Parameters) -> Parameters:
         *others, log_length_scale = parameters
-        return (*others, jnp.clip(log_length_scale, shortest, longest))
+        return (*others, jnp.clip(log_length_scale, jnp.log(shortest), jnp.log(longest)))
 
     tiny = jnp.float32(1e-12)
     jumps = jnp.sum(jnp.where(here[1:], jnp.square(jnp.diff(y)), 0.0))

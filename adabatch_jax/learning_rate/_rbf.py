@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +69,14 @@ def _choose(key: jax.Array, length: int, count: jax.Array, size: int) -> jax.Arr
 
 
 def _test(
-    state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array, key: jax.Array
+    state: RbfFit,
+    x: jax.Array,
+    y: jax.Array,
+    count: jax.Array,
+    key: jax.Array,
+    progress: Any = 1.0,
 ) -> tuple[RbfFit, Draws]:
+    del progress
     fit_key, *draw_keys = jax.random.split(key, 1 + _NUM_DRAWS)
     total = jnp.sum(jnp.where(jnp.arange(x.shape[0]) < count, y, 0.0))
     mean = total / jnp.maximum(count, 1).astype(jnp.float32)

@@ -235,14 +235,14 @@ def _draw_learning_rate(axes: Axes, examples: Floats, learning_rate: Floats) -> 
 
 
 def _draw_warmup(panels: Sequence[Axes], smoothed: SmoothedLosses) -> None:
+    if smoothed.grid.size:
+        limits = panels[0].get_ylim()
+        draw_smoothed(panels[0], smoothed)
+        panels[0].set_ylim(limits)
     for axes in panels:
         mark_switch(axes, smoothed, text=axes is panels[0])
-    if not smoothed.grid.size:
-        return
-    limits = panels[0].get_ylim()
-    draw_smoothed(panels[0], smoothed)
-    panels[0].set_ylim(limits)
-    add_legend(panels[0])
+    if smoothed.grid.size:
+        add_legend(panels[0])
 
 
 def _smooth(values: Floats, reach: int) -> Floats:

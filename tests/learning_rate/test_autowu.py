@@ -121,6 +121,23 @@ def test_the_peak_may_lie_above_or_below_the_rate_at_the_minimum():
     np.testing.assert_allclose(peaks[3], rise(30)[end - 1], rtol=1e-5)
 
 
+def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
+    """A plateau of 32 noisy losses, a fall, a rise: 24 runs, at most one of which may end early."""
+    w = 70
+    part = np.arange(w) / w
+    fall = np.sin(0.5 * np.pi * np.clip((part - 0.45) / 0.35, 0, 1)) ** 2
+    curve = 2.9 - 2.4 * fall + 40.0 * np.maximum(part - 0.8, 0.0) ** 2
+    noise = np.random.default_rng(0).normal(size=(24, w)) * np.sqrt(curve / 2.9)
+    link = adabatch.scale_by_improved_autowu(total_steps=5 * w)
+
+    def end_of(losses):
+        step = lambda s, v: (link.update({}, s, value=v)[1], None)  # noqa: E731
+        return jax.lax.scan(step, link.init({}), losses)[0].peak_position
+
+    ends = jax.jit(lambda x: jax.lax.map(end_of, x))(jnp.float32(curve + 0.3 * noise))
+    assert (np.asarray(ends) < 0.6 * w).sum() <= 1
+
+
 def test_at_the_limit_it_may_go_back_too():
     """With more patience than there are tests."""
     _, last = run(schedule(smoother="quasisep", patience=9), BOWL)

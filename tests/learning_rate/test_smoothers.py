@@ -175,6 +175,25 @@ def test_a_bowl_is_past_its_minimum_and_a_slope_is_not(smoother):
     assert (np.asarray(seen.location) > 0.95).all()
 
 
+def test_a_curve_that_only_rises_has_no_minimum_behind_it():
+    x = np.arange(80) / 80
+    rising = 1.0 + x + 0.05 * np.random.default_rng(0).normal(size=80)
+    test = jax.jit(quasisep_smoother().test)
+    _, seen = test(quasisep_smoother().init(), padded(x), padded(rising), jnp.int32(80), KEY)
+    assert float(seen.location[0]) < 0.05 and float(seen.probability[0]) == 0.0
+
+
+@pytest.mark.parametrize("progress", [0.05, 0.2, 1.0])
+def test_the_length_scale_is_at_least_a_tenth_of_the_warm_up(progress):
+    """On pure noise, whose likelihood asks for the shortest scale of all."""
+    x, noise = np.arange(60) / 60, np.random.default_rng(4).normal(size=60)
+    smoother, state = quasisep_smoother(), quasisep_smoother().init()
+    test = jax.jit(smoother.test)
+    for _ in range(6):
+        state, _ = test(state, padded(x), padded(noise), jnp.int32(60), KEY, progress)
+    assert float(jnp.exp(state.parameters[2])) >= min(0.1 / progress, 1.0) * (1 - 1e-5)
+
+
 def test_the_probability_is_that_of_gaussian_differences():
     rng = np.random.default_rng(3)
     factor = rng.normal(size=(6, 6))

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adabatch_jax import BatchSizeStatus
+from adabatch_jax import AutowuPhase, BatchSizeStatus, WarmupEnd
 from adabatch_jax.training import (
     TrainConfig,
     TrainingError,
     build_criterion,
     build_model,
+    build_optimizer,
     load_dataset,
     make_step,
     run_steps,
@@ -65,6 +66,45 @@ def test_the_criterion_applied_to_the_columns_gives_every_batch_size(finished):
         assert float(required) == columns["required_batch_size"][i]
         batch_size = min(int(np.ceil(max(float(required), batch_size))), config.max_batch_size)
         assert batch_size == columns["next_batch_size"][i]
+
+
+@pytest.fixture(scope="module")
+def automatic(tmp_path_factory):
+    out = tmp_path_factory.mktemp("automatic")
+    config = TrainConfig(auto=True, optimizer="adam", epochs=12, max_batch_size=128, out=out)
+    return train(config), out
+
+
+def test_an_automatic_run_finds_its_rate_and_then_grows_its_batch(automatic):
+    result, _ = automatic
+    columns, warmup = result.columns, result.summary["warmup"]
+    assert result.summary["test_accuracy"] >= 0.96
+    rising = columns["phase"] == AutowuPhase.WARMUP
+    assert (columns["batch_size"][rising] == 16).all()
+    assert result.summary["final_batch_size"] >= 8 * 16
+    assert columns["examples"][rising][-1] == warmup["examples"] <= 0.2 * 12 * 1437
+    assert warmup["ended"] in ("MINIMUM_PASSED", "DIVERGED")
+    assert 1e-3 < warmup["peak_learning_rate"] < 0.2
+    first, last = columns["learning_rate"][[0, -1]]
+    assert first == np.float32(1e-5) and last < 1e-3
+
+
+def test_its_picture_and_summary_are_written(automatic):
+    result, out = automatic
+    assert json.loads((out / "summary.json").read_text()) == result.summary
+    assert (out / "run.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("schedule", ["autowu", "autowu-improved"])
+def test_a_schedule_that_finds_its_rate_drives_a_run(digits, schedule):
+    rows = []
+    config = TrainConfig(
+        schedule=schedule, optimizer="adam", model="logistic", epochs=4, criterion="none"
+    )
+    run_steps(config, digits, rows.append)
+    rates = np.array([row["learning_rate"] for row in rows])
+    assert rates[0] == np.float32(1e-5) and rates.max() > 1e-3
+    assert rows[-1]["phase"] == AutowuPhase.DECAY
 
 
 def test_the_folder_holds_metrics_summary_and_picture(finished):
@@ -136,8 +176,6 @@ def test_one_bad_example_costs_its_batch_and_nothing_else(digits, monkeypatch):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(digits):
-    from adabatch_jax.training._optimizer import build_optimizer
-
     model = build_model("logistic", 10)
     inputs = jnp.asarray(digits.train_inputs[:32]).at[5].set(jnp.nan)
     params = model.init(jax.random.key(0), inputs[:1])["params"]
@@ -151,6 +189,36 @@ def test_a_step_that_is_not_finite_changes_nothing(digits):
     )
     assert bool(report["skipped"])
     jax.tree.map(np.testing.assert_array_equal, (new_params, new_state), (params, state))
+
+
+def test_a_step_back_is_made_whatever_the_loss_is(digits):
+    """The loss is NaN from one step on: AutoWU's snapshot is restored, and nothing is skipped then."""
+    model = build_model("logistic", 10)
+    inputs, labels = (jnp.asarray(v[:64]) for v in (digits.train_inputs, digits.train_labels))
+    params = model.init(jax.random.key(0), inputs[:1])["params"]
+    config = TrainConfig(schedule="autowu-improved", optimizer="adam", criterion="none")
+    optimizer = build_optimizer(config, 20 * 1437)
+    state = optimizer.init(params)
+    step = jax.jit(make_step(lambda p, x: model.apply({"params": p}, x), optimizer))
+    indices = jnp.arange(16, dtype=jnp.int32).reshape(8, 2)
+    sizes, count = jnp.full((8,), 2, jnp.int32), jnp.int32(8)
+    for _ in range(30):
+        params, state, report = step(params, state, (inputs, labels), indices, sizes, count)
+    assert report["phase"] == AutowuPhase.WARMUP and report["snapshots_taken"] > 0
+    broken = jnp.full_like(inputs, jnp.nan), labels
+    params, state, report = step(params, state, broken, indices, sizes, count)
+    assert not report["skipped"] and report["returns_made"] == 1
+    assert report["warmup_end"] == WarmupEnd.DIVERGED
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state.snapshot_params)))
+    _, _, report = step(params, state, (inputs, labels), indices, sizes, count)
+    assert np.isfinite(report["loss"]) and not report["skipped"]
+
+
+def test_a_diverging_paper_s_schedule_names_the_improved_one(digits, monkeypatch):
+    spoiled = digits._replace(train_inputs=np.full_like(digits.train_inputs, np.nan))
+    monkeypatch.setattr(loop, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
+    with pytest.raises(TrainingError, match="Try --schedule autowu-improved"):
+        run_steps(TrainConfig(schedule="autowu"), spoiled, [].append)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_training(tmp_path):

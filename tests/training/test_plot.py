@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from adabatch_jax.training import _plot
+from adabatch_jax.training import _plot, _plot_style
 from adabatch_jax.training._plot import plot_run
 
 
@@ -89,16 +89,16 @@ def test_tick_labels_are_short():
 @pytest.mark.parametrize(
     ("function", "number", "text"),
     [
-        (_plot._decimal, 0, "0"),
-        (_plot._decimal, 250, "250"),
-        (_plot._decimal, 1_200_000, "1.2M"),
-        (_plot._decimal, 3e9, "3B"),
+        (_plot_style.decimal, 0, "0"),
+        (_plot_style.decimal, 250, "250"),
+        (_plot_style.decimal, 1_200_000, "1.2M"),
+        (_plot_style.decimal, 3e9, "3B"),
         (_plot._binary, 0.5, "0.5"),
         (_plot._binary, 512, "512"),
         (_plot._binary, 65536, "64k"),
         (_plot._binary, 2**20, "1M"),
-        (_plot._short, 2e-5, "2e-5"),
-        (_plot._short, 0.025, "0.025"),
+        (_plot_style.short, 2e-5, "2e-5"),
+        (_plot_style.short, 0.025, "0.025"),
     ],
 )
 def test_numbers_as_people_write_them(function, number, text):
