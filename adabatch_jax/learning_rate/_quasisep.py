@@ -23,8 +23,7 @@ _FIT_RATE = 0.1
 _FIT_SIZE = 2000  # losses, at most, that the hyper-parameters are fitted to
 _NUM_CELLS = 500  # means of consecutive losses, at most, that the curve is conditioned on
 _FIRST_LENGTH_SCALE = 0.2
-_LENGTH_SCALES = (0.05, 1.0)  # of the series
-_LEAST_OF_WARMUP = 0.1  # length scale over that of the whole warm-up, at least
+_LENGTH_SCALES = (0.05, 1.0)  # of the series at the end of the warm-up; longer before
 _LEAST_LOCATION = 0.05  # of a minimum that counts
 _LEAST_NOISE = 1e-4  # noise variance over that of the curve, at least: float32 needs some
 _INFINITE = 1e8  # the same, of a point that is not there
@@ -45,12 +44,12 @@ class QuasisepFit(NamedTuple):
 def quasisep_smoother() -> Smoother:
     """Constant mean + Matérn-5/2 + noise, conditioned on every loss in O(n).
 
-    The first test starts from the variance of the losses and from their neighbours' differences.
     Each test makes 10 Adam steps (rate 0.1, on the logarithms) on an evenly thinned series of at most
-    2,000 losses with the quasi-separable solver. The length scale stays within [0.05, 1] of the series,
-    and above a tenth of the whole warm-up (half a decade of the rate, by default): a curve that could
-    bend faster would find minima in the noise before the loss has begun to fall. For the same reason a
-    minimum in the first twentieth of the series does not count.
+    2,000 losses with the quasi-separable solver. It goes on from the test before, or, where that explains
+    the losses better, starts anew from their variance and their neighbours' differences: a curve that
+    was flat so far must not stay so. The length scale lies between 0.05 / (part of the warm-up that is
+    over)² and 1 of the series: a curve that could bend faster would find minima in the noise before the
+    loss has begun to fall. For the same reason a minimum in the first twentieth does not count.
 
     The curve is conditioned on at most 500 means of equally many consecutive losses, with the noise
     variance divided by their number: all losses count, and a mean stands at most 1/250 of the series,
@@ -120,7 +119,7 @@ def _fit(
         return value.astype(jnp.float32)
 
     shortest, longest = (jnp.float32(bound) for bound in _LENGTH_SCALES)
-    shortest = jnp.clip(_LEAST_OF_WARMUP / jnp.float32(progress), shortest, longest)
+    shortest = jnp.clip(shortest / jnp.square(jnp.float32(progress)), shortest, longest)
 
     def project(parameters: Parameters) -> Parameters:
         *others, log_length_scale = parameters
@@ -133,8 +132,14 @@ def _fit(
         jnp.log(0.5 * jumps / jnp.maximum(n - 1.0, 1.0) + tiny),
         jnp.log(jnp.float32(_FIRST_LENGTH_SCALE)),
     )
-    start = jax.tree.map(lambda a, b: jnp.where(state.fits == 0, a, b), guess, state.parameters)
-    before = start, state.moments
+    old, guess = project(state.parameters), project(guess)
+    explained = jax.lax.map(loss, jax.tree.map(lambda a, b: jnp.stack([a, b]), old, guess))
+    resumes = (state.fits > 0) & (explained[0] <= explained[1])
+    before = jax.tree.map(
+        lambda a, b: jnp.where(resumes, a, b),
+        (old, state.moments),
+        (guess, no_moments(guess)),
+    )
     after = descend(loss, *before, rate=_FIT_RATE, steps=_FIT_STEPS, project=project)
     good = jnp.isfinite(jnp.stack(after[0])).all()  # if not, the old values serve on
     fitted, moments = jax.tree.map(lambda a, b: jnp.where(good, a, b), after, before)

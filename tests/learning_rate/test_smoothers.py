@@ -184,14 +184,30 @@ def test_a_curve_that_only_rises_has_no_minimum_behind_it():
 
 
 @pytest.mark.parametrize("progress", [0.05, 0.2, 1.0])
-def test_the_length_scale_is_at_least_a_tenth_of_the_warm_up(progress):
-    """On pure noise, whose likelihood asks for the shortest scale of all."""
+def test_early_in_the_warm_up_the_curve_is_stiff(progress):
+    """On pure noise, whose likelihood asks for the shortest length scale of all."""
     x, noise = np.arange(60) / 60, np.random.default_rng(4).normal(size=60)
     smoother, state = quasisep_smoother(), quasisep_smoother().init()
     test = jax.jit(smoother.test)
     for _ in range(6):
         state, _ = test(state, padded(x), padded(noise), jnp.int32(60), KEY, progress)
-    assert float(jnp.exp(state.parameters[2])) >= min(0.1 / progress, 1.0) * (1 - 1e-5)
+    assert float(jnp.exp(state.parameters[2])) >= min(0.05 / progress**2, 1.0) * (1 - 1e-5)
+
+
+def test_a_curve_that_was_flat_bends_when_the_losses_do():
+    """Tests on noise alone leave a variance near zero, from which gradients lead nowhere."""
+    rng, smoother = np.random.default_rng(0), quasisep_smoother()
+    test, state = jax.jit(smoother.test), smoother.init()
+    series_ = 2.5 + 0.05 * rng.normal(size=60)
+    for count in range(5, 31, 5):
+        x = np.arange(60) / count
+        state, _ = test(state, padded(x), padded(series_), jnp.int32(count), KEY, count / 60)
+    flat = float(jnp.exp(state.parameters[0]))
+    assert flat < 2e-3
+    series_[30:] -= np.linspace(0, 1.8, 30)
+    x = np.arange(60) / 60
+    state, _ = test(state, padded(x), padded(series_), jnp.int32(60), KEY, 1.0)
+    assert float(jnp.exp(state.parameters[0])) > 0.1
 
 
 def test_the_probability_is_that_of_gaussian_differences():
