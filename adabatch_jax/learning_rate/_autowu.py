@@ -44,6 +44,7 @@ def scale_by_autowu(
     max_losses: int = 4096,
     smoother: str = "rbf",
     peak_factor: Any = 1.0,
+    ramp_fraction: float = 0.0,
     at_limit: str = "last",
     watch_divergence: bool = False,
     seed: int = 0,
@@ -97,6 +98,8 @@ def scale_by_autowu(
         the guide of `adabatch_jax.learning_rate`).
       peak_factor: > 0; on the rate at the minimum when the warm-up turns back to it, up to the last
         rate of the warm-up.
+      ramp_fraction: ≥ 0; after the warm-up the rate rises linearly from a third of the peak to all of
+        it, over this fraction of the time that the warm-up took; 0: it starts from the peak.
       at_limit: what to do at W without a switch: keep the "last" rate, or go back to the rate at the
         "minimum" of the smoothed losses even so.
       watch_divergence: end the warm-up at once, at the rate of the minimum, when the loss is not
@@ -143,6 +146,7 @@ def scale_by_autowu(
         cooldown_fraction=cooldown_fraction,
         hold_factor=hold_factor,
         peak_factor=peak_factor,
+        ramp_fraction=ramp_fraction,
         at_limit=at_limit,
     )
     plan.check(max_losses)

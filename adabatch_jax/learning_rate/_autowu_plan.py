@@ -13,6 +13,7 @@ WARMUPS = ("exponential", "linear")
 UNITS = ("step", "epoch")
 DECAYS = ("cosine", "half_cosine")
 AT_LIMIT = ("last", "minimum")
+_RAMP_START = 1.0 / 3.0  # of the peak, where a ramp begins
 _NAME = "scale_by_autowu"
 
 
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
     cooldown_fraction: float | None
     hold_factor: Any
     peak_factor: Any
+    ramp_fraction: float
     at_limit: str
 
     @property
@@ -67,6 +69,7 @@ class Plan(NamedTuple):
         factors = {"hold_factor": self.hold_factor, "peak_factor": self.peak_factor}
         _validate.positive(_NAME, confidence=self.confidence, **factors)
         _validate.between(_NAME, 0.0, 1.0, confidence=self.confidence)
+        _validate.between(_NAME, 0.0, float("inf"), ramp_fraction=self.ramp_fraction)
         _validate.positive_int(_NAME, patience=self.patience, max_losses=max_losses)
         if max_losses < 16:
             raise ValueError(f"{_NAME}: max_losses must be at least 16, got {max_losses!r}")
@@ -117,6 +120,9 @@ class Plan(NamedTuple):
             intervals = jnp.floor((jnp.minimum(position, start) - since) / self.interval)
             hold_factor = jnp.asarray(self.hold_factor).astype(jnp.float32)
             factor = jnp.power(hold_factor, jnp.maximum(intervals, 0.0))
+        if self.ramp_fraction:
+            risen = (position - since) / (self.ramp_fraction * jnp.maximum(since, 1.0))
+            factor = factor * jnp.clip(_RAMP_START + (1.0 - _RAMP_START) * risen, 0.0, 1.0)
         part = (end - start) / jnp.maximum(jnp.float32(self.total) - start, 1e-30)
         part = jnp.clip(part, 0.0, 1.0)
         if self.decay == "cosine":

@@ -53,9 +53,10 @@ def quasisep_smoother() -> Smoother:
 
     The curve is conditioned on at most 500 means of equally many consecutive losses, with the noise
     variance divided by their number: all losses count, and a mean stands at most 1/250 of the series,
-    a twelfth of the shortest length scale, away from any of its losses. (The quasi-separable posterior
-    on all losses is O(n) too, but in float32 its standard deviation is off by 5 % at 300 losses and by
-    a factor of 9 at 6,000.) Nothing is random: there is one draw.
+    a twelfth of the shortest length scale, away from any of its losses. (Inserting the 500 points with
+    infinite noise into the quasi-separable system of all losses is O(n) too, but in float32 its
+    deviation is wrong by factors: `tests/benchmarks/autowu_decision.py`.) Nothing is random: there is
+    one draw.
 
     Source: Foreman-Mackey's tinygp for kernel and solver; this use of it is ours.
     """
@@ -127,7 +128,7 @@ def _fit(
 
     tiny = jnp.float32(1e-12)
     jumps = jnp.sum(jnp.where(here[1:], jnp.square(jnp.diff(y)), 0.0))
-    guess = (
+    guess: Parameters = (
         jnp.log(jnp.sum(jnp.square(centred)) / n + tiny),
         jnp.log(0.5 * jumps / jnp.maximum(n - 1.0, 1.0) + tiny),
         jnp.log(jnp.float32(_FIRST_LENGTH_SCALE)),

@@ -138,6 +138,18 @@ def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
     assert (np.asarray(ends) < 0.6 * w).sum() <= 1
 
 
+@pytest.mark.parametrize("cooldown", [None, 0.2])
+def test_after_the_warm_up_the_rate_may_rise_once_more(cooldown):
+    common = dict(smoother="quasisep", patience=2, cooldown_fraction=cooldown)
+    _, plain = run(schedule(**common), BOWL)
+    _, ramped = run(schedule(ramp_fraction=0.5, **common), BOWL)
+    end = int(plain.peak_position[-1])
+    since = np.maximum(np.arange(T) - end, 0)
+    factor = np.where(np.arange(T) < end, 1.0, np.minimum(1 / 3 + 2 / 3 * since / (0.5 * end), 1.0))
+    expected = factor * plain.autowu_learning_rate
+    np.testing.assert_allclose(ramped.autowu_learning_rate, expected, rtol=1e-5, atol=1e-9)
+
+
 def test_at_the_limit_it_may_go_back_too():
     """With more patience than there are tests."""
     _, last = run(schedule(smoother="quasisep", patience=9), BOWL)
@@ -316,6 +328,7 @@ EXAMPLES = {"total_examples": 100, "examples_per_test": 10}
         (STEPS | {"hold_factor": 0.0}, "hold_factor must be a positive number, got 0.0"),
         (STEPS | {"hold_factor": 1.1}, "hold_factor must lie in .*, got 1.1"),
         (STEPS | {"peak_factor": 0.0}, "peak_factor must be a positive number, got 0.0"),
+        (STEPS | {"ramp_fraction": -0.5}, "ramp_fraction must lie in .*, got -0.5"),
         (STEPS | {"confidence": 1.0}, "confidence must lie in .*, got 1.0"),
         (STEPS | {"patience": 0}, "patience must be a positive integer, got 0"),
         (STEPS | {"max_losses": 8}, "max_losses must be at least 16, got 8"),

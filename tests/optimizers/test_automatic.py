@@ -80,7 +80,11 @@ def test_the_rate_is_autowu_s_times_that_of_the_batch(run):
     position = start + np.cumsum(columns["used"][falls])
     part = (position - start) / (TOTAL - start)
     peak = columns["peak_learning_rate"][falls]
-    expected = peak * scale[falls] * 0.5 * (1 + np.cos(np.pi * np.minimum(part, 1)))
+    ramp = np.minimum(
+        1 / 3 + 2 / 3 * (position - columns["used"][falls] - start) / (0.5 * start), 1
+    )
+    decay = 0.5 * (1 + np.cos(np.pi * np.minimum(part, 1)))
+    expected = peak * ramp * decay * scale[falls]
     np.testing.assert_allclose(columns["learning_rate"][falls], expected, rtol=1e-4, atol=1e-7)
 
 
