@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax.learning_rate._autowu_state import WarmupEnd, find_schedule
+from adabatch_jax.learning_rate._divergence import LossLevel
 
 PyTree = Any
 _NAME = "return_to_minimum"
@@ -39,9 +40,11 @@ def return_to_minimum(
     learning rate that is too large damages the parameters. This wrapper keeps a snapshot of them,
     taken at the last test of the warm-up whose minimum lay at present. When the warm-up ends because
     the minimum is past or the loss diverged, the updates lead back there: `params + updates` is
-    the snapshot to the rounding of one addition. Moments of the direction (any state that holds
-    floating-point numbers, with the counts that correct their bias) go back as well; batch-size
-    controller, schedule, clocks, PRNG keys and injected hyperparameters stay.
+    the snapshot to the rounding of one addition. With `watch_divergence` the snapshot is renewed
+    afterwards, once per test interval if the average loss is at its lowest, and a setback leads back
+    to it. Moments of the direction (any state that holds floating-point numbers, with the counts that
+    correct their bias) go back as well; batch-size controller, schedule, clocks, PRNG keys and
+    injected hyperparameters stay.
 
     It must be outermost, because later links would distort the way back; only
     `adaptive_multi_steps` may stand around it. The memory is that of one more set of parameters and
@@ -103,8 +106,13 @@ def return_to_minimum(
         past = (new.warmup_end == WarmupEnd.MINIMUM_PASSED) | (new.warmup_end == WarmupEnd.DIVERGED)
         past |= (new.warmup_end == WarmupEnd.AT_LIMIT) & tested & (new.minimum_location < _PRESENT)
         back = (old.warmup_end == WarmupEnd.RUNNING) & past
-        # Soon after the switch a setback costs less than the damage; later there is more to lose.
-        back |= (new.setbacks > old.setbacks) & (new.warmup_ended_lately())
+        level = new.loss_level
+        if isinstance(level, LossLevel):
+            setback = new.setbacks > old.setbacks
+            back |= setback
+            once_per_interval = new.since_test <= old.since_test
+            falls = (old.warmup_end != WarmupEnd.RUNNING) & (level.average <= level.lowest)
+            best |= falls & once_per_interval & ~setback
 
         def choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:
             return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)

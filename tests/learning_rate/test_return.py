@@ -118,6 +118,24 @@ def test_after_a_divergence_everything_is_finite_again(bad):
     np.testing.assert_allclose(params["w"], state.snapshot_params["w"], rtol=2e-7)
 
 
+def test_a_setback_leads_back_to_a_snapshot_that_was_renewed_after_the_warm_up():
+    """The loss falls until step 44 and jumps: back to where it was last lowest at a test interval."""
+    optimizer = adabatch.return_to_minimum(
+        optax.chain(optax.trace(0.9), schedule(watch_divergence=True, steps_per_test=3))
+    )
+    losses = np.where(np.arange(T) < 45, np.linspace(3.0, 1.0, T), 2.9)
+    done = run(optimizer, losses, until=48)
+    schedules = [inner(s)[1] for s in done.states]
+    assert int(schedules[-1].warmup_end) == WarmupEnd.AT_LIMIT
+    (t,) = [i for i in range(1, 49) if int(schedules[i].setbacks) > int(schedules[i - 1].setbacks)]
+    assert int(done.states[t].returns_made) == 1 + int(done.states[t - 1].returns_made) == 1
+    taken = [int(s.snapshots_taken) for s in done.states]
+    last = max(i for i in range(1, t) if taken[i] > taken[i - 1])
+    assert 42 <= last <= 45, "the last test interval before the jump"
+    np.testing.assert_allclose(done.params[t]["w"], done.params[last - 1]["w"], rtol=1e-6)
+    assert done.params[t]["w"][0] > done.params[t - 1]["w"][0]
+
+
 def test_controller_keys_and_injected_numbers_stay():
     def links(step_size):
         return optax.chain(optax.trace(0.9), optax.scale(step_size))
