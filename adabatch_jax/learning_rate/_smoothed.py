@@ -21,7 +21,10 @@ _MOST_EXACT = (
 
 
 class SmoothedLosses(NamedTuple):
-    """A warm-up seen by its Gaussian process; positions are steps or examples, by AutoWU's clock."""
+    """A warm-up seen by its Gaussian process; positions are steps or examples, by AutoWU's clock.
+
+    Source: ours; see `smoothed_losses`.
+    """
 
     positions: Floats  # [n]: of the losses kept
     losses: Floats  # [n]: the losses kept; neighbours' means where the buffer has overflowed
