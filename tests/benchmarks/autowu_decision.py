@@ -138,8 +138,8 @@ def against_gpytorch(repeats: int) -> dict[str, Any]:
     theirs = gpytorch_decision(1000)
     run(), theirs()
     seconds = in_turns(repeats, ours=run, gpytorch=theirs)
-    alike, _, _ = compiled(rbf_smoother(), 90, 0.99)
-    ours, (probability, location) = alike()[1], gpytorch_decision(90, 0.99)()
+    alike, _, _ = compiled(rbf_smoother(), 90, 1.3)
+    ours, (probability, location) = alike()[1], gpytorch_decision(90, 1.3)()
     return {
         "seconds": seconds,
         "times faster": seconds["gpytorch"]["median"] / seconds["ours"]["median"],
