@@ -210,9 +210,10 @@ def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
       1437
     """
     dataset = load_dataset(config.dataset, config.data_dir)
-    out = prepare_output(config.output)
     total = config.epochs * len(dataset.train_labels)
     config = config.resolved(len(dataset.train_labels))
+    build_optimizer(config, total)  # what it refuses, it refuses before a line or a file is written
+    out = prepare_output(config.output)
     final_batch_size = known(config.initial_batch_size)
     skipped = 0
     with (
