@@ -16,13 +16,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "adabatch_jax"
 
 # Unit (room, top-level module, or "" for the facade) -> the units it may import besides itself.
+TOOLS = {"_axes", "_tree", "_validate"}
 CORE = {
-    "_validate": set(),
-    "noise": {"_validate"},
-    "curvature": {"_validate"},
-    "batch_size": {"_validate", "noise"},
-    "learning_rate": {"_validate", "noise", "curvature"},
-    "optimizers": {"_validate", "noise", "curvature", "batch_size", "learning_rate"},
+    **{tool: set() for tool in TOOLS},
+    "noise": TOOLS,
+    "curvature": TOOLS,
+    "batch_size": TOOLS | {"noise"},
+    "learning_rate": TOOLS | {"noise", "curvature"},
+    "optimizers": TOOLS | {"noise", "curvature", "batch_size", "learning_rate"},
 }
 CORE[""] = set(CORE)
 MAY_IMPORT = CORE | {

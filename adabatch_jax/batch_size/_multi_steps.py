@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
+from adabatch_jax._tree import cast_like, squared_norm, widen
 from adabatch_jax.batch_size._read import controller_state, get_batch_size
 from adabatch_jax.noise import GradientNoise, merge_noise
-from adabatch_jax.noise._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
 from adabatch_jax.noise._gradient_noise import blend, pool_noise
-from adabatch_jax.noise._tree import cast_like, squared_norm, widen
 
 PyTree = Any
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying
 from adabatch_jax.learning_rate._autowu_plan import Plan, read_clock
 from adabatch_jax.learning_rate._autowu_state import AutowuPhase, ScaleByAutowuState, WarmupEnd
 from adabatch_jax.learning_rate._divergence import LossLevel, follow, no_level
@@ -18,7 +19,6 @@ from adabatch_jax.learning_rate._minimum import Smoother
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
 from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._axes import AxisName, axis_tuple, checked_axes, to_varying
 from adabatch_jax.noise._clock import advance, as_float, zero_clock
 
 PyTree = Any

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
-from adabatch_jax.noise._axes import (
+from adabatch_jax._axes import (
     AxisName,
     axis_tuple,
     checked_axes,
     to_varying,
     varying_axes,
 )
+from adabatch_jax._tree import align, cast_like, widen
 from adabatch_jax.noise._gradient_noise import GradientNoise, blend, merge_noise, pool_noise
 from adabatch_jax.noise._groups import group_sizes, leading_shape
-from adabatch_jax.noise._tree import align, cast_like, widen
 
 PyTree = Any
 

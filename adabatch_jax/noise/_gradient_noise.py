@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adabatch_jax.noise._tree import align, cast_like, squared_norm, widen
+from adabatch_jax._tree import align, cast_like, squared_norm, widen
 
 PyTree = Any
 

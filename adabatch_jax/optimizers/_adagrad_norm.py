@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax.noise._tree import squared_norm
+from adabatch_jax._tree import squared_norm
 
 PyTree = Any
 
