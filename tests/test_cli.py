@@ -53,8 +53,8 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
 
 
 def test_a_rate_that_was_found_is_told(tmp_path, capsys):
-    arguments = ["--auto", "--model", "logistic", "--epochs", "2", "--out", str(tmp_path)]
-    assert main(["train", *arguments]) == 0
+    arguments = ["--schedule", "autowu-improved", "--criterion", "none", "--model", "logistic"]
+    assert main(["train", *arguments, "--epochs", "2", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert re.search(r"peak learning rate \S+, found in \d+ examples \((minimum|diverged|at)", said)
 
