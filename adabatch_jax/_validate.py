@@ -47,5 +47,12 @@ def one_of(where: str, choices: tuple[str, ...], **arguments: Any) -> None:
             raise ValueError(f"{where}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def function(where: str, **arguments: Any) -> None:
+    """Every argument must be callable."""
+    for name, value in arguments.items():
+        if not callable(value):
+            raise ValueError(f"{where}: {name} must be callable, got {value!r}")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

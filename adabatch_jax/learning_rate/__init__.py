@@ -1,7 +1,9 @@
 """How far should the step go?
 
 * `scale_by_batch_size` lets the learning rate follow the batch size by a rule: `linear_scaling`,
-  `sqrt_scaling`.
+  `sqrt_scaling`, `random_matrix_scaling`.
+* `follow_batch_size` lets any other hyperparameter follow it: by `scaled_beta`, `scaled_eps` and
+  `scaled_weight_decay`. `scaled_average` does it for an average of the parameters.
 * `scale_by_example_schedule` applies a schedule over examples instead of steps.
 * `scale_by_autowu` finds the learning rate by itself: it warms up until the loss has passed its
   minimum, goes back to the rate there, and decays. `scale_by_improved_autowu` is the form to start
@@ -17,9 +19,21 @@ time, and leaves nothing to chance. `_minimum.py` says what both are asked, `_rb
 
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
 from adabatch_jax.learning_rate._autowu_state import AutowuPhase, WarmupEnd
+from adabatch_jax.learning_rate._follow import (
+    follow_batch_size,
+    scaled_average,
+    scaled_beta,
+    scaled_eps,
+    scaled_weight_decay,
+)
 from adabatch_jax.learning_rate._improved import scale_by_improved_autowu
 from adabatch_jax.learning_rate._return import return_to_minimum
-from adabatch_jax.learning_rate._scaling import linear_scaling, scale_by_batch_size, sqrt_scaling
+from adabatch_jax.learning_rate._scaling import (
+    linear_scaling,
+    random_matrix_scaling,
+    scale_by_batch_size,
+    sqrt_scaling,
+)
 from adabatch_jax.learning_rate._schedule import scale_by_example_schedule
 from adabatch_jax.learning_rate._smoothed import SmoothedLosses, smoothed_losses
 
@@ -27,12 +41,18 @@ __all__ = [
     "AutowuPhase",
     "SmoothedLosses",
     "WarmupEnd",
+    "follow_batch_size",
     "linear_scaling",
+    "random_matrix_scaling",
     "return_to_minimum",
     "scale_by_autowu",
     "scale_by_batch_size",
     "scale_by_example_schedule",
     "scale_by_improved_autowu",
+    "scaled_average",
+    "scaled_beta",
+    "scaled_eps",
+    "scaled_weight_decay",
     "smoothed_losses",
     "sqrt_scaling",
 ]

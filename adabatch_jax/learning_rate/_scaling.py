@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax.curvature import inverse_effective_batch_size
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
@@ -48,6 +49,59 @@ def sqrt_scaling() -> ScalingRule:
     return lambda batch_size, base: jnp.sqrt(batch_size / base)
 
 
+def random_matrix_scaling(
+    transition_batch_size: Any, *, adaptive: bool, dataset_size: Any = None
+) -> ScalingRule:
+    """Scaling by the largest stable rate: linear below the transition batch size b*, flat above it.
+
+    Factor r = (1 + b*/𝔟₀) / (1 + b*/𝔟), or √r for adaptive methods. 1/𝔟 is (N − b)/(b N) with a data set
+    of N examples, else 1/b. Noise-dominated, 𝔟 ≪ b*, this is `linear_scaling` (`sqrt_scaling`);
+    saturated, 𝔟 ≫ b*, it is 1. For SGD, with or without momentum, it is the ratio of the
+    `max_stable_learning_rate` of the two batch sizes. Near the whole data set 𝔟 grows beyond all
+    bounds, and r with it, up to 1 + b*/𝔟₀.
+
+    Args:
+      transition_batch_size: b* = ν²/λ₁² ≥ 0, from `adabatch.transition_batch_size`; may be traced.
+        An infinite array is the linear limit without a data set. A NaN array, b* not being known, is
+        the smallest factor that any b* gives: min(1, b/b₀). A negative one counts as 0.
+      adaptive: √r, for Adam and the like, instead of r; static.
+      dataset_size: N, examples > 0; None: so large that batches do not exhaust it.
+
+    Returns:
+      A rule: (batch size, base batch size), float32 scalars, → factor.
+
+    Raises:
+      ValueError: `transition_batch_size` is a number that is negative or not finite; `dataset_size` is
+        a number that is not positive.
+
+    Example:
+      >>> rule = random_matrix_scaling(192.0, adaptive=False)
+      >>> [round(float(rule(b, 64.0)), 3) for b in (16.0, 64.0, 192.0, 576.0, 1e6)]
+      [0.308, 1.0, 2.0, 3.0, 3.999]
+
+    Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092, abstract; the form between the limits is
+    ours.
+    """
+    where = "random_matrix_scaling"
+    _validate.between(where, 0.0, float("inf"), transition_batch_size=transition_batch_size)
+    if dataset_size is not None:
+        _validate.positive(where, dataset_size=dataset_size)
+
+    def rule(batch_size: jax.Array, base: jax.Array) -> jax.Array:
+        transition = jnp.maximum(jnp.asarray(transition_batch_size, jnp.float32), 0.0)
+        before = inverse_effective_batch_size(base, dataset_size)
+        after = inverse_effective_batch_size(batch_size, dataset_size)
+        known = jnp.isfinite(transition)
+        finite = jnp.where(known, transition, 0.0)
+        ratio = (1.0 + finite * before) / (1.0 + finite * after)
+        linear = inverse_effective_batch_size(base) / inverse_effective_batch_size(batch_size)
+        limit = jnp.where(jnp.isnan(transition), jnp.minimum(linear, 1.0), linear)
+        ratio = jnp.where(known, ratio, limit)
+        return jnp.sqrt(ratio) if adaptive else ratio
+
+    return rule
+
+
 class ScaleByBatchSizeState(NamedTuple):
     """State of `scale_by_batch_size`."""
 
@@ -68,7 +122,8 @@ def scale_by_batch_size(
     (`optax.scale_by_adam()`, …), beside the learning rate.
 
     Args:
-      rule: `linear_scaling()`, `sqrt_scaling()`, or any function of (batch size, base batch size).
+      rule: `linear_scaling()`, `sqrt_scaling()`, `random_matrix_scaling(…)`, or any function of
+        (batch size, base batch size).
       base_batch_size: the batch size at which the learning rate was chosen, > 0.
 
     Returns:
@@ -90,8 +145,7 @@ def scale_by_batch_size(
     Source: see the rules.
     """
     _validate.positive("scale_by_batch_size", base_batch_size=base_batch_size)
-    if not callable(rule):
-        raise ValueError(f"scale_by_batch_size: rule must be callable, got {rule!r}")
+    _validate.function("scale_by_batch_size", rule=rule)
     default_base = base_batch_size
 
     def init(params: PyTree) -> ScaleByBatchSizeState:
@@ -109,16 +163,27 @@ def scale_by_batch_size(
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByBatchSizeState]:
         del state, params, extra_args
-        if noise is None and batch_size is None:
-            raise ValueError(
-                "scale_by_batch_size needs the batch size: pass noise=noise (from "
-                "value_and_grad_noise) or batch_size= to optimizer.update"
-            )
-        size = noise.num_examples if batch_size is None and noise is not None else batch_size
-        base = default_base if base_batch_size is None else base_batch_size
-        size, base = (jnp.asarray(x).astype(jnp.float32) for x in (size, base))
-        factor = jnp.asarray(rule(jnp.maximum(size, 1.0), base)).astype(jnp.float32)
+        given = default_base if base_batch_size is None else base_batch_size
+        size, base = batch_sizes("scale_by_batch_size", given, noise, batch_size)
+        factor = jnp.asarray(rule(size, base)).astype(jnp.float32)
         scaled = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
         return scaled, ScaleByBatchSizeState(factor)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def batch_sizes(
+    where: str, base_batch_size: Any, noise: GradientNoise | None, batch_size: Any
+) -> tuple[jax.Array, jax.Array]:
+    """What a rule is given: the batch behind the gradient, at least 1, and the base; float32.
+
+    A batch size that is not finite says nothing, and counts as the base.
+    """
+    if noise is None and batch_size is None:
+        raise ValueError(
+            f"{where} needs the batch size: pass noise=noise (from value_and_grad_noise) or "
+            "batch_size= to optimizer.update"
+        )
+    size = noise.num_examples if batch_size is None and noise is not None else batch_size
+    size, base = (jnp.asarray(x).astype(jnp.float32) for x in (size, base_batch_size))
+    return jnp.where(jnp.isfinite(size), jnp.maximum(size, 1.0), base), base

@@ -6,12 +6,14 @@
   accumulator (`scale_by_adagrad_norm`), with a batch size that a test on the noise lets grow.
 * `adamp` (its direction: `scale_by_adamp`) is Adam without the radial part of the step where a
   parameter's length means nothing.
+* `scale_by_batch_adam` is Adam whose averages remember examples: they follow the batch size.
 """
 
 from adabatch_jax.optimizers._adadagrad import adadagrad, adadagrad_norm
 from adabatch_jax.optimizers._adagrad_norm import scale_by_adagrad_norm
 from adabatch_jax.optimizers._adamp import adamp, scale_by_adamp
 from adabatch_jax.optimizers._automatic import automatic
+from adabatch_jax.optimizers._batch_adam import scale_by_batch_adam
 
 __all__ = [
     "adadagrad",
@@ -20,4 +22,5 @@ __all__ = [
     "automatic",
     "scale_by_adagrad_norm",
     "scale_by_adamp",
+    "scale_by_batch_adam",
 ]

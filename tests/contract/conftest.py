@@ -208,6 +208,23 @@ TABLE = [
         no_arguments,
     ),
     Row(
+        "scale_by_batch_adam",
+        adabatch.scale_by_batch_adam,
+        (),
+        {"base_batch_size": 16},
+        ("b1", "b2", "eps", "base_batch_size"),
+        noise_of,
+    ),
+    Row(
+        "scale_by_batch_adam with fixed betas",
+        adabatch.scale_by_batch_adam,
+        (),
+        {"base_batch_size": 16, "scale_betas": False, "nesterov": True}
+        | {"eps_scaling": adabatch.linear_scaling()},
+        ("b1", "b2", "eps", "base_batch_size"),
+        noise_of,
+    ),
+    Row(
         "scale_by_adagrad_norm",
         adabatch.scale_by_adagrad_norm,
         (),

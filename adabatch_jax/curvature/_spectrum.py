@@ -1,0 +1,220 @@
+"""The spectrum of a symmetric matrix from products with vectors: Lanczos with full re-orthogonalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adabatch_jax import _validate
+from adabatch_jax._tree import squared_norm, widen
+from adabatch_jax.curvature._products import CurvatureProduct
+
+PyTree = Any
+_HIGHEST = jax.lax.Precision.HIGHEST
+_BREAKDOWN = 1e-5  # of the largest entry so far: what float32 leaves of a zero
+
+
+class Spectrum(NamedTuple):
+    """Ritz values of Lanczos runs, float32 [num_probes, num_steps], ascending along the last axis.
+
+    A run that has seen its whole Krylov space stops early (a matrix of low rank, fewer dimensions than
+    steps). The entries it left over repeat its largest eigenvalue with weight and residual 0: extremes,
+    moments and densities are right without a mask.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> Spectrum(jnp.array([[-1.0, 4.0]]), jnp.array([[0.5, 0.5]]), jnp.zeros((1, 2))).largest.tolist()
+      4.0
+
+    Source: Golub and Welsch (1969); Ghorbani, Krishnan, Xiao (2019), arXiv 1901.10159, section 2.
+    """
+
+    eigenvalues: jax.Array  # θ
+    weights: jax.Array  # squared first components of T's eigenvectors; they sum to 1 in every run
+    residuals: jax.Array  # ‖A y − θ y‖ for the Ritz vector y, = |β_m s_m|
+
+    @property
+    def largest(self) -> jax.Array:
+        """The largest eigenvalue: Ritz values approach it from below, so the largest of all probes."""
+        return jnp.max(self.eigenvalues)
+
+    @property
+    def smallest(self) -> jax.Array:
+        """The smallest eigenvalue, negative if there is any negative curvature that was found."""
+        return jnp.min(self.eigenvalues)
+
+    def converged(self, tolerance: float = 1e-2) -> jax.Array:
+        """Whether both extremes are known: residual ≤ tolerance · max |θ|.
+
+        Args:
+          tolerance: relative to the largest magnitude. The error of an extreme is at most its residual.
+
+        Returns:
+          bool scalar.
+        """
+        flat, residuals = self.eigenvalues.reshape(-1), self.residuals.reshape(-1)
+        allowed = tolerance * jnp.max(jnp.abs(flat))
+        at = lambda i: residuals[i] <= allowed  # noqa: E731
+        return at(jnp.argmax(flat)) & at(jnp.argmin(flat))
+
+
+def lanczos_spectrum(
+    operator: Callable[[PyTree], PyTree],
+    params: PyTree,
+    key: jax.Array,
+    *,
+    num_steps: int,
+    num_probes: int = 1,
+) -> Spectrum:
+    """Extreme eigenvalues and spectral density of a symmetric operator, by Lanczos iteration.
+
+    From a random unit vector q₁, m steps of A Q = Q T + β q eᵀ with T tridiagonal; every new vector is
+    orthogonalised twice against all before it. Eigenvalues θ of T approach the extremes of A from
+    inside, and for smooth f the mean over probes of Σ w_k f(θ_k) estimates tr f(A) / P. Ends of the
+    spectrum of both signs converge first.
+
+    The vectors are kept in float32 and in the shape (and sharding) of `params`: num_steps copies of them.
+
+    Args:
+      operator: `hessian_vector_product(…)`, `gauss_newton_vector_product(…)`, or any linear function
+        from a pytree like `params` to one of the same shapes.
+      params: pytree: only shapes are read.
+      key: PRNG key of the probes.
+      num_steps: m, products per probe; static.
+      num_probes: independent runs, one after the other; static.
+
+    Returns:
+      A `Spectrum`. Values that are not finite, where the operator's are not.
+
+    Raises:
+      ValueError: a count is not a positive integer; `operator` is not callable; `params` are empty.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> a = jnp.diag(jnp.array([5.0, 2.0, -1.0]))
+      >>> spectrum = lanczos_spectrum(lambda v: a @ v, jnp.ones(3), jax.random.key(0), num_steps=5)
+      >>> [round(float(x), 4) for x in spectrum.eigenvalues[0]]
+      [-1.0, 2.0, 5.0, 5.0, 5.0]
+
+    Source: Lanczos (1950); Golub and Meurant (1994), Matrices, moments and quadrature; Ghorbani et al.
+    (2019), arXiv 1901.10159.
+    """
+    where = "lanczos_spectrum"
+    _validate.function(where, operator=operator)
+    _validate.positive_int(where, num_steps=num_steps, num_probes=num_probes)
+    if not jax.tree.leaves(params):
+        raise ValueError(f"{where}: params must hold at least one array, got {params!r}")
+    sizes = dict(num_steps=int(num_steps), num_probes=int(num_probes))
+    if isinstance(operator, CurvatureProduct):
+        return _jitted_spectrum(operator, params, key, **sizes)
+    return _spectrum(operator, params, key, **sizes)
+
+
+def _spectrum(
+    operator: Callable[[PyTree], PyTree],
+    params: PyTree,
+    key: jax.Array,
+    *,
+    num_steps: int,
+    num_probes: int,
+) -> Spectrum:
+    linear = operator.linear() if isinstance(operator, CurvatureProduct) else operator
+
+    def probe(key: jax.Array) -> Spectrum:
+        return lanczos(linear, random_unit(key, params), num_steps)[0]
+
+    return jax.lax.map(probe, jax.random.split(key, num_probes))
+
+
+_jitted_spectrum = partial(jax.jit, static_argnames=("num_steps", "num_probes"))(_spectrum)
+
+
+def random_unit(key: jax.Array, params: PyTree) -> PyTree:
+    """A vector uniform on the unit sphere, in the shape of `params`, at least float32."""
+    leaves, form = jax.tree.flatten(jax.eval_shape(widen, params))
+    keys = jax.random.split(key, len(leaves))
+    draws = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    vector = jax.tree.unflatten(form, draws)
+    return _scaled(vector, jax.lax.rsqrt(squared_norm(vector)))
+
+
+def lanczos(
+    linear: Callable[[PyTree], PyTree], start: PyTree, num_steps: int
+) -> tuple[Spectrum, PyTree]:
+    """One run from a unit vector: Ritz values, and the unit Ritz vector of the largest one."""
+
+    def store(basis: PyTree, vector: PyTree, i: Any) -> PyTree:
+        return jax.tree.map(lambda b, v: b.at[i].set(v.astype(b.dtype)), basis, vector)
+
+    def step(i: jax.Array, carry: tuple) -> tuple:
+        basis, vector, diagonal, off, valid, scale = carry
+        # Rows that a finished run leaves are zero, and so are products with them.
+        basis = store(basis, _scaled(vector, (i < valid).astype(jnp.float32)), i)
+        image = widen(linear(vector))
+        coefficients = _coordinates(basis, image)
+        image = _without(basis, image, coefficients)
+        image = _without(basis, image, _coordinates(basis, image))
+        length = jnp.sqrt(squared_norm(image))
+        alive = i < valid
+        scale = jnp.maximum(scale, jnp.maximum(jnp.abs(coefficients[i]), length))
+        ends = alive & (length <= _BREAKDOWN * scale)
+        valid = jnp.where(ends, i + 1, valid)
+        diagonal = diagonal.at[i].set(jnp.where(alive, coefficients[i], 0.0))
+        off = off.at[i].set(jnp.where(alive & ~ends, length, 0.0))
+        vector = _scaled(
+            image, jnp.where(length > 0, 1.0 / jnp.where(length > 0, length, 1.0), 0.0)
+        )
+        return basis, vector, diagonal, off, valid, scale
+
+    basis = jax.tree.map(lambda v: jnp.zeros((num_steps, *v.shape), v.dtype), start)
+    numbers = jnp.zeros(num_steps, jnp.float32)
+    carry = (basis, start, numbers, numbers, jnp.int32(num_steps), jnp.float32(0.0))
+    basis, _, diagonal, off, valid, _ = jax.lax.fori_loop(0, num_steps, step, carry)
+
+    steps = jnp.arange(num_steps)
+    # Rows beyond the last valid one get an eigenvalue outside the spectrum, so they sort to the end.
+    bound = jnp.max(jnp.abs(diagonal)) + 2 * jnp.max(off)
+    outside = jnp.where(bound > 0, 2 * bound, 1.0)
+    between = jnp.where(steps < valid - 1, off, 0.0)[: num_steps - 1]
+    tridiagonal = (
+        jnp.diag(jnp.where(steps < valid, diagonal, outside))
+        + jnp.diag(between, 1)
+        + jnp.diag(between, -1)
+    )
+    values, vectors = jnp.linalg.eigh(tridiagonal)
+    real = steps < valid
+    top = valid - 1
+    weights = jnp.where(real, jnp.square(vectors[0]), 0.0)
+    spectrum = Spectrum(
+        jnp.where(real, values, values[top]),
+        weights / jnp.sum(weights),
+        jnp.where(real, jnp.abs(off[top] * vectors[top]), 0.0),
+    )
+    return spectrum, _combination(basis, vectors[:, top])
+
+
+def _scaled(tree: PyTree, factor: jax.Array) -> PyTree:
+    return jax.tree.map(lambda x: x * factor.astype(x.dtype), tree)
+
+
+def _coordinates(basis: PyTree, vector: PyTree) -> jax.Array:
+    """Inner products of every row of the basis with a vector."""
+
+    def one(b: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.tensordot(b, v, axes=v.ndim, precision=_HIGHEST).astype(jnp.float32)
+
+    return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(one, basis, vector))), axis=0)
+
+
+def _combination(basis: PyTree, coefficients: jax.Array) -> PyTree:
+    return jax.tree.map(
+        lambda b: jnp.tensordot(coefficients.astype(b.dtype), b, axes=1, precision=_HIGHEST), basis
+    )
+
+
+def _without(basis: PyTree, vector: PyTree, coefficients: jax.Array) -> PyTree:
+    return jax.tree.map(jnp.subtract, vector, _combination(basis, coefficients))

@@ -1,0 +1,101 @@
+"""How far a step may go before the sharpest direction diverges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adabatch_jax import _validate
+from adabatch_jax.curvature._batch_hessian import noisy_outlier
+from adabatch_jax.curvature._effective_batch_size import (
+    float32_arrays,
+    inverse_effective_batch_size,
+    root,
+)
+
+
+def max_stable_learning_rate(
+    largest: Any,
+    *,
+    momentum: Any = 0.0,
+    nesterov: bool = False,
+    adaptive: bool = False,
+    noise: Any = None,
+    batch_size: Any = None,
+    dataset_size: Any = None,
+    piecewise: bool = False,
+) -> jax.Array:
+    """The learning rate above which an optimizer diverges along the sharpest direction.
+
+    With λ the curvature there and β the momentum:
+
+    * 2/λ for gradient descent (`optax.sgd(lr)`);
+    * 2(1 + β)/λ for heavy ball (`optax.sgd(lr, momentum=β)`, `optax.trace(β)`);
+    * 2(1 + β)/((1 + 2β) λ) with `nesterov` (`optax.trace(β, nesterov=True)`);
+    * with `adaptive` these, divided by 1 − β: Adam keeps an average (1 − β) Σ βᵏ g of the gradients g, not
+      their sum. β is its b1, and λ the largest eigenvalue of D⁻¹H, where Adam divides by D = √v̂ + ε.
+
+    Without noise, λ = λ₁. Given `noise` and `batch_size`, λ = λ₁ + ν²/(𝔟 λ₁) for every batch size: the
+    bound grows in proportion to 𝔟 ≪ b* = ν²/λ₁² and saturates at that of λ₁. For gradient descent it is
+    where the mean square E‖(I − αH_b) z‖² along the top eigenvector z stops shrinking. It says nothing
+    of noise scattered into flat directions. `piecewise` takes instead the largest eigenvalue of a
+    batch's Hessian, `batch_hessian_extremes`: the same above b*, larger rates below it.
+
+    Real losses are not quadratic and λ₁ is measured: stay below by a factor. Under an adaptive method D
+    grows with the noise of the gradient, as 1/√b in small batches: measured at each batch size, λ of
+    D⁻¹H shrinks with it. This is how the linear growth becomes that of √b.
+
+    Args:
+      largest: λ₁ of the full Hessian, or of D⁻¹H. Any shape.
+      momentum: β in [0, 1).
+      nesterov: Nesterov's momentum instead of heavy ball; static.
+      adaptive: the momentum is an average, as Adam's; static.
+      noise: ν² of one example, of the same matrix as λ₁; negative counts as 0. None: no noise.
+      batch_size: b, examples, with `noise`.
+      dataset_size: N, examples > 0; None: so large that batches do not exhaust it.
+      piecewise: the bound of a batch's eigenvalue instead of the mean square; static.
+
+    Returns:
+      The learning rate, float32, in the shape to which the arguments broadcast. A λ₁ ≤ 0 bounds
+      nothing: then only the noise does, by λ = 2ν/√𝔟 as in the piecewise form, and without noise the
+      rate is inf. NaN where an argument is.
+
+    Raises:
+      ValueError: a `momentum` outside [0, 1) or a `dataset_size` that is not positive, given as a
+        number; only one of `noise` and `batch_size`.
+
+    Example:
+      >>> float(max_stable_learning_rate(10.0)), float(max_stable_learning_rate(10.0, momentum=0.5))
+      (0.20000000298023224, 0.30000001192092896)
+      >>> rates = max_stable_learning_rate(10.0, noise=6400.0, batch_size=jnp.array([1, 64, 6400]))
+      >>> [round(rate, 4) for rate in rates.tolist()]  # b* = 64
+      [0.0031, 0.1, 0.198]
+
+    Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092, abstract; the bounds with momentum are the
+    stability of a linear recursion, the mean-square form is ours.
+    """
+    _validate.between("max_stable_learning_rate", 0.0, 1.0, momentum=momentum)
+    if (noise is None) != (batch_size is None):
+        raise ValueError("max_stable_learning_rate: noise and batch_size belong together")
+    if noise is None or batch_size is None:
+        value, beta = float32_arrays(largest, momentum)
+        level = jnp.zeros_like(value)
+    else:
+        inverse = inverse_effective_batch_size(batch_size, dataset_size)
+        value, beta, level, inverse = float32_arrays(largest, momentum, noise, inverse)
+        level = jnp.maximum(level, 0.0) * inverse
+    sharpness = noisy_outlier(value, level) if piecewise else _mean_square(value, level)
+    room = 2.0 * (1.0 + beta)
+    if nesterov:
+        room = room / (1.0 + 2.0 * beta)
+    if adaptive:
+        room = room / (1.0 - beta)
+    flat = sharpness == 0
+    return jnp.where(flat, jnp.inf, room / jnp.where(flat, 1.0, sharpness))
+
+
+def _mean_square(value: jax.Array, level: jax.Array) -> jax.Array:
+    curved = ~(value <= 0)  # a NaN stays one
+    return jnp.where(curved, value + level / jnp.where(curved, value, 1.0), 2.0 * root(level))

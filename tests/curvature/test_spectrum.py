@@ -1,0 +1,152 @@
+"""Lanczos against matrices of known spectrum, against matfree, and where the iteration ends early."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matfree import decomp
+
+import adabatch_jax as adabatch
+
+KEY = jax.random.key(3)
+
+
+def matrix(eigenvalues, seed=0):
+    rng = np.random.default_rng(seed)
+    q, _ = np.linalg.qr(rng.normal(size=(len(eigenvalues),) * 2))
+    return jnp.asarray((q * np.asarray(eigenvalues)) @ q.T, jnp.float32)
+
+
+def spectrum_of(a, **options):
+    run = jax.jit(lambda a, k: adabatch.lanczos_spectrum(lambda v: a @ v, a[0], k, **options))
+    return run(a, KEY)
+
+
+BULK = 0.3 * np.random.default_rng(1).normal(size=297)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e8])
+def test_extremes_of_both_signs(scale):
+    found = spectrum_of(matrix(scale * np.r_[10.0, 5.0, -3.0, BULK]), num_steps=30)
+    np.testing.assert_allclose(found.largest, 10.0 * scale, rtol=1e-4)
+    np.testing.assert_allclose(found.smallest, -3.0 * scale, rtol=1e-4)
+    assert bool(found.converged())
+
+
+def test_a_run_that_is_too_short_says_so():
+    found = spectrum_of(matrix(np.linspace(-1, 1, 300)), num_steps=4)
+    assert not bool(found.converged())
+    nearest = np.linspace(-1, 1, 300)
+    for value, residual in zip(found.eigenvalues[0], found.residuals[0], strict=True):
+        assert np.abs(nearest - value).min() <= residual + 1e-6  # what a residual promises
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [
+        np.r_[2.0, np.zeros(49)],
+        np.r_[-2.0, np.zeros(49)],
+        np.zeros(30),
+        np.full(20, 7.0),
+        [3.0, 1.0, -2.0],
+        [4.0],
+        np.repeat([5.0, -1.0], 10),
+    ],
+    ids=["rank one", "negative", "zero", "identity", "three", "one", "two values"],
+)
+def test_runs_that_end_early_are_right_without_a_mask(eigenvalues):
+    found = spectrum_of(matrix(eigenvalues), num_steps=12, num_probes=3)
+    size = max(np.abs(eigenvalues).max(), 1e-30)
+    np.testing.assert_allclose(found.largest / size, np.max(eigenvalues) / size, atol=1e-5)
+    np.testing.assert_allclose(found.smallest / size, np.min(eigenvalues) / size, atol=1e-5)
+    np.testing.assert_allclose(found.weights.sum(axis=1), 1.0, rtol=1e-5)
+    assert np.isfinite(found.residuals).all() and (np.diff(found.eigenvalues) >= 0).all()
+    assert bool(found.converged())
+    real = found.weights > 1e-6
+    distance = np.abs(np.asarray(eigenvalues)[:, None, None] - found.eigenvalues[None])
+    assert distance.min(axis=0)[real].max() <= 1e-5 * size
+
+
+def test_the_recurrence_is_matfree_s():
+    a = matrix(np.r_[10.0, 5.0, -3.0, BULK])
+    found = spectrum_of(a, num_steps=15)
+    start = jax.random.normal(jax.random.split(jax.random.split(KEY, 1)[0], 1)[0], (300,))
+    tridiagonal = decomp.tridiag_sym(15)(lambda v: a @ v, start / jnp.linalg.norm(start)).J_small
+    values, vectors = jnp.linalg.eigh(tridiagonal)
+    np.testing.assert_allclose(found.eigenvalues[0], values, atol=2e-4)
+    np.testing.assert_allclose(found.weights[0], vectors[0] ** 2, atol=2e-4)
+
+
+def test_moments_are_within_three_standard_errors():
+    eigenvalues = np.r_[10.0, 5.0, -3.0, BULK]
+    found = spectrum_of(matrix(eigenvalues), num_steps=20, num_probes=40)
+    for power in (1, 2, 3):
+        each = np.sum(found.weights * found.eigenvalues**power, axis=1)
+        error = each.std(ddof=1) / np.sqrt(len(each))
+        assert abs(each.mean() - np.mean(eigenvalues**power)) <= 3 * error
+
+
+def test_the_density_integrates_to_one_and_has_a_standard_error():
+    found = spectrum_of(matrix(np.r_[10.0, 5.0, -3.0, BULK]), num_steps=30, num_probes=5)
+    density = adabatch.spectral_density(found)
+    np.testing.assert_allclose(np.trapezoid(density.density, density.grid), 1.0, atol=1e-3)
+    middle = np.abs(density.grid) < 1.0
+    inside = np.trapezoid(np.where(middle, density.density, 0.0), density.grid)
+    assert abs(inside - 0.99) < 0.03
+    assert (np.asarray(density.standard_error) >= 0).all()
+    one = adabatch.spectral_density(jax.tree.map(lambda x: x[:1], found))
+    assert np.isnan(one.standard_error).all()
+
+
+def test_the_density_of_a_zero_matrix_is_a_peak_at_zero():
+    density = adabatch.spectral_density(spectrum_of(jnp.zeros((9, 9)), num_steps=3))
+    np.testing.assert_allclose(np.trapezoid(density.density, density.grid), 1.0, atol=1e-3)
+    assert abs(float(density.grid[np.argmax(density.density)])) < 1e-3
+
+
+def test_pytrees_bfloat16_and_float64():
+    diagonal = {"a": jnp.array([4.0, 1.0]), "b": jnp.array([[2.0], [-1.0]])}
+    multiply = lambda v: jax.tree.map(jnp.multiply, diagonal, v)  # noqa: E731
+    for dtype in (jnp.float32, jnp.bfloat16):
+        params = jax.tree.map(lambda x, d=dtype: x.astype(d), diagonal)
+        found = adabatch.lanczos_spectrum(multiply, params, KEY, num_steps=4)
+        assert found.eigenvalues.dtype == jnp.float32
+        np.testing.assert_allclose(found.eigenvalues[0], [-1.0, 1.0, 2.0, 4.0], atol=1e-5)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float64), diagonal)
+        found = adabatch.lanczos_spectrum(multiply, wide, KEY, num_steps=4)
+        np.testing.assert_allclose(found.eigenvalues[0], [-1.0, 1.0, 2.0, 4.0], atol=1e-5)
+
+
+def test_operators_of_one_loss_share_a_program():
+    def loss(w, a):
+        return 0.5 * w @ a @ w
+
+    tops = []
+    for top in (3.0, 5.0):
+        a = matrix([top, 1.0, 0.5])
+        operator = adabatch.hessian_vector_product(loss, jnp.ones(3), a)
+        tops.append(adabatch.lanczos_spectrum(operator, jnp.ones(3), KEY, num_steps=3).largest)
+    np.testing.assert_allclose(tops, [3.0, 5.0], rtol=1e-5)
+
+
+def test_what_is_not_finite_shows():
+    found = adabatch.lanczos_spectrum(lambda v: v * jnp.nan, jnp.ones(4), KEY, num_steps=3)
+    assert np.isnan(found.largest) and not bool(found.converged())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be a positive integer, got 0"),
+        ({"num_steps": 3, "num_probes": 1.5}, "num_probes must be a positive integer, got 1.5"),
+    ],
+)
+def test_bad_counts_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        adabatch.lanczos_spectrum(lambda v: v, jnp.ones(3), KEY, **options)
+
+
+def test_no_parameters_are_an_error():
+    with pytest.raises(ValueError, match="params must hold"):
+        adabatch.lanczos_spectrum(lambda v: v, {}, KEY, num_steps=3)
