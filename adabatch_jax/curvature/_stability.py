@@ -43,7 +43,8 @@ def max_stable_learning_rate(
     of noise scattered into flat directions. `piecewise` takes instead the largest eigenvalue of a
     batch's Hessian, `batch_hessian_extremes`: the same above b*, larger rates below it.
 
-    Real losses are not quadratic and λ₁ is measured: stay below by a factor. Under an adaptive method D
+    Real losses are not quadratic and λ₁ is measured: stay below by a factor. In its first 1/(1 − β) steps
+    Adam's bias correction makes the steps larger, up to those without momentum. Under an adaptive method D
     grows with the noise of the gradient, as 1/√b in small batches: measured at each batch size, λ of
     D⁻¹H shrinks with it. This is how the linear growth becomes that of √b.
 

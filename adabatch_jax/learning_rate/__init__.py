@@ -9,6 +9,7 @@
   minimum, goes back to the rate there, and decays. `scale_by_improved_autowu` is the form to start
   with, and `return_to_minimum` around the optimizer takes the parameters back as well.
   `smoothed_losses` shows what it saw.
+* `scale_by_lanczos` measures the curvature now and then, and sets learning rate and momentum by it.
 
 AutoWU smooths the losses with a Gaussian process, in one of two ways. "rbf" is the paper's: a very
 smooth kernel of fixed length, fitted to 100 and conditioned on 500 random losses, five times.
@@ -27,6 +28,7 @@ from adabatch_jax.learning_rate._follow import (
     scaled_weight_decay,
 )
 from adabatch_jax.learning_rate._improved import scale_by_improved_autowu
+from adabatch_jax.learning_rate._lanczos import scale_by_lanczos
 from adabatch_jax.learning_rate._return import return_to_minimum
 from adabatch_jax.learning_rate._scaling import (
     linear_scaling,
@@ -49,6 +51,7 @@ __all__ = [
     "scale_by_batch_size",
     "scale_by_example_schedule",
     "scale_by_improved_autowu",
+    "scale_by_lanczos",
     "scaled_average",
     "scaled_beta",
     "scaled_eps",

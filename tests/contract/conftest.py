@@ -41,6 +41,25 @@ def value_of(gradient: PyTree, step: int) -> dict[str, Any]:
     return {"value": jnp.float32(1.0 / (step + 1))}
 
 
+def bowl(scale: jax.Array, params: PyTree) -> jax.Array:
+    """Its curvatures are 1, 2, … in every leaf, times `scale`."""
+
+    def of_leaf(p: jax.Array) -> jax.Array:
+        curvatures = jnp.arange(1, p.size + 1, dtype=p.dtype)
+        return 0.5 * jnp.sum(curvatures * jnp.square(p.reshape(-1))).astype(jnp.float32)
+
+    total = jnp.zeros((), jnp.float32)
+    for leaf in jax.tree.leaves(params):
+        total = total + scale * of_leaf(leaf)
+    return total
+
+
+def curved(gradient: PyTree, step: int) -> dict[str, Any]:
+    """A loss whose curvature changes from step to step; a pytree, as every argument here."""
+    value_fn = jax.tree_util.Partial(bowl, jnp.float32(1.0 + (step % 3)))
+    return {"value_fn": value_fn, "batch_size": jnp.int32(16 * (step + 1))}
+
+
 @dataclass(frozen=True, eq=False)  # each row is its own key
 class Row:
     name: str
@@ -190,6 +209,23 @@ TABLE = [
         noise_of,
         by_hand=1,
         rtol=1e-3,
+    ),
+    Row(
+        "scale_by_lanczos",
+        adabatch.scale_by_lanczos,
+        (),
+        {"refresh_every": 2, "num_steps": 3},
+        ("max_momentum", "safety", "smoothing"),
+        curved,
+    ),
+    Row(
+        "scale_by_lanczos by examples",
+        adabatch.scale_by_lanczos,
+        ("nesterov",),
+        {"refresh_every": 40, "refresh_unit": "example", "num_steps": 3}
+        | {"hessian_noise": 4.0, "curvature_batch_size": 64},
+        ("max_momentum", "safety", "smoothing", "hessian_noise", "curvature_batch_size"),
+        curved,
     ),
     Row(
         "scale_by_adamp",

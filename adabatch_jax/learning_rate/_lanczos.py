@@ -1,0 +1,267 @@
+"""`scale_by_lanczos`: learning rate and momentum from the curvature, measured while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adabatch_jax import _validate
+from adabatch_jax._axes import AxisName
+from adabatch_jax._tree import widen
+from adabatch_jax.curvature import (
+    full_hessian_extremes,
+    hessian_vector_product,
+    max_stable_learning_rate,
+)
+from adabatch_jax.curvature._spectrum import lanczos, random_unit
+from adabatch_jax.learning_rate._scaling import batch_sizes
+from adabatch_jax.noise import GradientNoise
+
+PyTree = Any
+VARIANTS = ("gradient_descent", "heavy_ball", "nesterov", "nesterov_authors")
+UNITS = ("step", "example")
+_SMALL = 0.1  # of L: below, a Ritz value with most of the weight stands for the mass at zero
+
+
+class ScaleByLanczosState(NamedTuple):
+    """State of `scale_by_lanczos`; statistics and trace are at least float32."""
+
+    lanczos_learning_rate: jax.Array  # of the last step; 0 before the curvature is known
+    lanczos_momentum: jax.Array
+    curvature_largest: jax.Array  # λ₁ and λ_P as last measured
+    curvature_smallest: jax.Array
+    curvature_residual: jax.Array  # of λ₁: bounds its error
+    curvature_scale: jax.Array  # L, μ and the median of |θ|, smoothed over refreshes
+    curvature_floor: jax.Array
+    curvature_median: jax.Array
+    refreshes: jax.Array  # int32: that gave a usable curvature
+    failed_refreshes: jax.Array  # int32: whose curvature was not finite or not positive
+    since_refresh: jax.Array  # uint32, in steps or examples; the first step is due
+    lanczos_key: jax.Array
+    lanczos_trace: PyTree
+
+    def report_metrics(self) -> dict[str, Any]:
+        """The numbers that `adabatch.metrics` shows."""
+        return {
+            "learning_rate": self.lanczos_learning_rate,
+            "momentum": self.lanczos_momentum,
+            "curvature_largest": self.curvature_largest,
+            "curvature_smallest": self.curvature_smallest,
+            "curvature_residual": self.curvature_residual,
+            "refreshes": self.refreshes,
+            "failed_refreshes": self.failed_refreshes,
+        }
+
+
+def scale_by_lanczos(
+    variant: str = "heavy_ball",
+    *,
+    refresh_every: int,
+    refresh_unit: str = "step",
+    num_steps: int = 20,
+    max_momentum: Any = 0.9,
+    safety: Any = 0.5,
+    smoothing: Any = 0.5,
+    hessian_noise: Any = None,
+    curvature_batch_size: Any = None,
+    axis_name: AxisName = None,
+    seed: int = 0,
+    flip_sign: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD that measures the curvature now and then, and sets its learning rate and momentum by it.
+
+    Every `refresh_every` steps, a Lanczos run on the Hessian of `value_fn=` gives Ritz values θ with
+    weights. L = max |θ|; without the one that holds more than half of the weight and is below L/10 (the
+    many eigenvalues at zero), μ = min |θ|. Then
+
+    * gradient_descent: α = 2 / (L + median |θ|), no momentum;
+    * heavy_ball: α = (2 / (√L + √μ))², β = ((√L − √μ) / (√L + √μ))², Polyak's;
+    * nesterov: α = 1 / L, β = (√L − √μ) / (√L + √μ);
+    * nesterov_authors: the same β with α = √(μ / L), which depends on the units of the loss.
+
+    β is at most `max_momentum`, α at most `safety` times `max_stable_learning_rate` for that β. The trace
+    is t ← β t + g as in `optax.trace`, the update −α t (Nesterov: −α (β t + g)). A rise of L is taken at
+    once, since a rate above the bound diverges; everything else is averaged over refreshes,
+    geometrically. A refresh whose curvature is not finite, or whose λ₁ is not positive, is counted and
+    changes nothing. Until the first usable one the learning rate is 0 and every step tries again.
+
+    `update` needs `params` and reads `value_fn=`, params → scalar loss on a curvature batch (32 to 1024
+    examples), as Optax's line searches do. In a jitted step it may close over the batch, or be a
+    `jax.tree_util.Partial`. `emit=False` (from `adaptive_multi_steps`) puts a refresh off.
+
+    Args:
+      variant: one of the above; static.
+      refresh_every: steps or examples between two refreshes, ≥ 1; static.
+      refresh_unit: "step", or "example": counts `noise.num_examples` or `batch_size=`; static.
+      num_steps: products with the Hessian in a refresh; static.
+      max_momentum: in [0, 1).
+      safety: share of the largest stable learning rate, in (0, 1].
+      smoothing: weight of the past at a refresh, in [0, 1).
+      hessian_noise: ν² of one example, as `adabatch.hessian_noise` measures it. Then the bound is that of
+        a batch of the size behind the present gradient: L is brought from the curvature batch to all
+        data, and from there to L + ν²/(b L). None: L as it is measured.
+      curvature_batch_size: examples behind `value_fn`, with `hessian_noise`.
+      axis_name: device axes over which `value_fn` is averaged.
+      seed: of the start vectors; static.
+      flip_sign: multiply by −α, as `optax.scale_by_learning_rate` does; static.
+
+    Returns:
+      A `GradientTransformationExtraArgs`, the last link of a chain. Under `optax.inject_hyperparams`
+      all but max_momentum, safety, smoothing, hessian_noise and curvature_batch_size are static_args.
+
+    Raises:
+      ValueError: an argument out of range; only one of `hessian_noise` and `curvature_batch_size`; at
+        trace time, a missing `params`, `value_fn=`, or batch size where one is needed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> link = scale_by_lanczos("gradient_descent", refresh_every=10, safety=1.0)
+      >>> loss = lambda w: 0.5 * jnp.sum(jnp.array([4.0, 4.0]) * w**2)
+      >>> w = jnp.array([1.0, -1.0])
+      >>> u, state = link.update(4.0 * w, link.init(w), w, value_fn=loss)
+      >>> round(float(state.lanczos_learning_rate), 4), [round(float(x), 4) for x in u]
+      (0.25, [-1.0, 1.0])
+
+    Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092, and the authors' code; Polyak (1964);
+    Nesterov (1983). The caps, the smoothing, L/10 and 1 / L for Nesterov are ours.
+    """
+    where = "scale_by_lanczos"
+    _validate.one_of(where, VARIANTS, variant=variant)
+    _validate.one_of(where, UNITS, refresh_unit=refresh_unit)
+    _validate.positive_int(where, refresh_every=refresh_every, num_steps=num_steps)
+    _validate.between(where, 0.0, 1.0, max_momentum=max_momentum, smoothing=smoothing)
+    _validate.positive(where, safety=safety)
+    _validate.between(where, 0.0, 1.0, closed=True, safety=safety)
+    if (hessian_noise is None) != (curvature_batch_size is None):
+        raise ValueError(f"{where}: hessian_noise and curvature_batch_size belong together")
+    if hessian_noise is not None:
+        _validate.between(where, 0.0, float("inf"), hessian_noise=hessian_noise)
+        _validate.positive(where, curvature_batch_size=curvature_batch_size)
+    sign = -1.0 if flip_sign else 1.0
+    nesterov = variant.startswith("nesterov")
+
+    def init(params: PyTree) -> ScaleByLanczosState:
+        # Each number has a buffer of its own: a state with shared ones cannot be donated.
+        fields: list[Any] = [jnp.zeros((), jnp.float32) for _ in range(8)]
+        fields += [jnp.zeros((), jnp.int32) for _ in range(2)]
+        fields += [jnp.uint32(refresh_every), jax.random.key_data(jax.random.key(seed))]
+        fields.append(optax.tree.zeros_like(widen(params)))
+        return ScaleByLanczosState(*fields)
+
+    def refreshed(
+        state: ScaleByLanczosState, params: PyTree, value_fn: Callable[[PyTree], jax.Array]
+    ) -> ScaleByLanczosState:
+        key, draw = jax.random.split(jax.random.wrap_key_data(state.lanczos_key))
+        product = hessian_vector_product(value_fn, params, axis_name=axis_name)
+        found, _ = lanczos(product.linear(), random_unit(draw, params), num_steps)
+        largest, smallest = found.largest, found.smallest
+        scale, floor, median = _landmarks(found.eigenvalues, found.weights)
+        if hessian_noise is not None:
+            full = full_hessian_extremes(scale, -scale, hessian_noise, curvature_batch_size)
+            floor, median = jnp.minimum(floor, full.largest), jnp.minimum(median, full.largest)
+            scale = full.largest
+        usable = jnp.isfinite(scale + floor + median) & (largest > 0) & (scale > 0)
+        old = jnp.where(state.refreshes == 0, 0.0, jnp.asarray(smoothing, jnp.float32))
+
+        def mean(before: jax.Array, now: jax.Array) -> jax.Array:
+            safe = jnp.where(before > 0, before, now)
+            return jnp.power(safe, old) * jnp.power(now, 1.0 - old)
+
+        new = state._replace(
+            curvature_largest=largest,
+            curvature_smallest=smallest,
+            curvature_residual=found.residuals[jnp.argmax(found.eigenvalues)],
+            curvature_scale=jnp.maximum(mean(state.curvature_scale, scale), scale),
+            curvature_floor=mean(state.curvature_floor, floor),
+            curvature_median=mean(state.curvature_median, median),
+            refreshes=state.refreshes + 1,
+        )
+        failed = state._replace(failed_refreshes=state.failed_refreshes + 1)
+        kept = jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, failed)
+        return kept._replace(lanczos_key=jax.random.key_data(key))
+
+    def rates(state: ScaleByLanczosState, sharpness: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        known = state.refreshes > 0
+        top = jnp.where(known, state.curvature_scale, 1.0)
+        if sharpness:  # 2 / bound is the L of a batch of that size
+            top = 2.0 / max_stable_learning_rate(top, **sharpness)
+        low = jnp.minimum(state.curvature_floor, top)
+        root, small = jnp.sqrt(top), jnp.sqrt(low)
+        ratio = (root - small) / (root + small)
+        beta = {"gradient_descent": 0.0 * ratio, "heavy_ball": jnp.square(ratio)}.get(
+            variant, ratio
+        )
+        beta = jnp.minimum(beta, jnp.asarray(max_momentum, jnp.float32))
+        alpha = {
+            "gradient_descent": 2.0 / (top + jnp.minimum(state.curvature_median, top)),
+            "heavy_ball": jnp.square(2.0 / (root + small)),
+            "nesterov": 1.0 / top,
+            "nesterov_authors": small / root,
+        }[variant]
+        bound = max_stable_learning_rate(top, momentum=beta, nesterov=nesterov)
+        alpha = jnp.minimum(alpha, jnp.asarray(safety, jnp.float32) * bound)
+        return jnp.where(known, alpha, 0.0), beta
+
+    def update(
+        updates: PyTree,
+        state: ScaleByLanczosState,
+        params: PyTree | None = None,
+        *,
+        value_fn: Callable[[PyTree], jax.Array] | None = None,
+        noise: GradientNoise | None = None,
+        batch_size: Any = None,
+        emit: Any = True,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaleByLanczosState]:
+        del extra_args
+        if params is None or value_fn is None:
+            raise ValueError(
+                f"{where} measures the curvature of the loss: call optimizer.update(gradient, state, "
+                "params, value_fn=value_fn) with value_fn(params) the loss on a curvature batch"
+            )
+        increment, sharpness = jnp.uint32(1), {}
+        if refresh_unit == "example" or hessian_noise is not None:
+            size = batch_sizes(where, 1.0, noise, batch_size)[0]
+            if refresh_unit == "example":
+                increment = size.astype(jnp.uint32)
+            if hessian_noise is not None:
+                sharpness = {"noise": hessian_noise, "batch_size": size}
+        due = (state.since_refresh >= np.uint32(refresh_every)) | (state.refreshes == 0)
+        due &= jnp.asarray(emit).astype(bool)
+        if jax.tree.leaves(params):
+            state = jax.lax.cond(due, lambda s: refreshed(s, params, value_fn), lambda s: s, state)
+        since = jnp.where(due, jnp.uint32(0), state.since_refresh) + increment
+        alpha, beta = rates(state, sharpness)
+        trace = jax.tree.map(
+            lambda t, u: beta.astype(t.dtype) * t + u.astype(t.dtype), state.lanczos_trace, updates
+        )
+
+        def step(u: jax.Array, t: jax.Array) -> jax.Array:
+            ahead = beta.astype(t.dtype) * t + u.astype(t.dtype) if nesterov else t
+            return ((sign * alpha).astype(t.dtype) * ahead).astype(u.dtype)
+
+        stepped = jax.tree.map(step, updates, trace)
+        return stepped, state._replace(
+            lanczos_learning_rate=alpha,
+            lanczos_momentum=beta,
+            since_refresh=since,
+            lanczos_trace=trace,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _landmarks(
+    eigenvalues: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """L = max |θ|, μ = min |θ| and the median of |θ|, without the Ritz value at the mass at zero."""
+    sizes = jnp.abs(eigenvalues)
+    largest = jnp.max(sizes)
+    kept = (weights > 0) & ((weights <= 0.5) | (sizes >= _SMALL * largest))
+    ordered, last = jnp.sort(jnp.where(kept, sizes, jnp.inf)), jnp.sum(kept) - 1
+    return largest, ordered[0], 0.5 * (ordered[last // 2] + ordered[(last + 1) // 2])
