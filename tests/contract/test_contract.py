@@ -21,12 +21,13 @@ def strict_promotion():
         yield
 
 
-MODES = {
-    "x64": lambda: jax.enable_x64(True),
-    "strict_promotion": strict_promotion,  # of dtypes and of ranks
-    "transfer_guard": lambda: jax.transfer_guard("disallow"),
-    "debug_nans": lambda: jax.debug_nans(True),
-}
+@contextlib.contextmanager
+def strict():
+    with strict_promotion(), jax.transfer_guard("disallow"), jax.debug_nans(True):
+        yield
+
+
+MODES = {"x64": lambda: jax.enable_x64(True), "strict": strict}
 assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-7)
 
 
@@ -167,7 +168,7 @@ def test_dtypes_stay_and_statistics_are_float32(row):
     params = params_of(jnp.bfloat16)
     link = row.make()
     first = link.init(params)
-    strictly = "strict_promotion" not in row.without
+    strictly = "strict" not in row.without
     with strict_promotion() if strictly else contextlib.nullcontext():
         history = run(jax.jit(as_step(link, params)), first, row.steps(params))
     for last, updates in history:
