@@ -191,17 +191,11 @@ def batch_sharpness(
     num_groups, _ = _group_shape("batch_sharpness", groups)
 
     def one(group: PyTree) -> jax.Array:
-        def along(p: PyTree) -> PyTree:
-            return jax.grad(loss_fn)(p, group)
-
-        gradient = along(params)
-        image = jax.jvp(along, (params,), (gradient,))[1]
+        gradient = jax.grad(loss_fn)(params, group)
+        image = hessian_vector_product(loss_fn, params, group)(gradient)
         square = squared_norm(gradient)
-        return jnp.where(
-            square > 0,
-            _dot(widen(gradient), widen(image)) / jnp.where(square > 0, square, 1.0),
-            0.0,
-        )
+        along = _dot(widen(gradient), image)
+        return jnp.where(square > 0, along / jnp.where(square > 0, square, 1.0), 0.0)
 
     values = jax.lax.map(one, groups)
     return BatchSharpness(jnp.mean(values), jnp.std(values, ddof=1) / num_groups**0.5)
