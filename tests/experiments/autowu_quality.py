@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import data, octaves, run_all
 
 import adabatch_jax as adabatch
-from adabatch_jax.training import Feed, load_dataset
+from adabatch_jax.training import Feed
 from adabatch_jax.training._models import CNN, MLP
-from adabatch_jax.training._report import write_json
 
 SEEDS = (0, 1, 2)
 
@@ -53,10 +51,6 @@ class Task:
         )
 
 
-def octaves(low: float, count: int = 8, factor: float = 2.0) -> tuple[float, ...]:
-    return tuple(float(f"{low * factor**k:.3g}") for k in range(count))
-
-
 TASKS = {
     "a": Task("fashion-mnist", "mlp", "momentum", 256, 5, octaves(0.01)),
     "b": Task("fashion-mnist", "mlp", "adam", 1024, 10, octaves(5e-4)),
@@ -71,20 +65,6 @@ DIRECTIONS = {
     "lamb": lambda: optax.chain(optax.scale_by_adam(eps=1e-6), optax.scale_by_trust_ratio()),
     "adamp": lambda: adabatch.scale_by_adamp(),
 }
-
-
-@functools.cache
-def data(name: str, folder: str | None) -> dict[str, jax.Array]:
-    d = load_dataset(name, folder)
-    mean, deviation = d.train_inputs.mean() / 255.0, d.train_inputs.std() / 255.0
-
-    def prepared(x: np.ndarray) -> jax.Array:
-        return jnp.asarray((x / np.float32(255.0) - mean) / deviation, jnp.float32)
-
-    return {
-        "train": (prepared(d.train_inputs), jnp.asarray(d.train_labels)),
-        "test": (prepared(d.test_inputs), jnp.asarray(d.test_labels)),
-    }
 
 
 def make_optimizer(task: Task, mode: str, steps: int) -> optax.GradientTransformation:
@@ -114,13 +94,12 @@ def run(task: Task, mode: str, rate: float, seed: int, folder: str | None) -> di
     params = model.init(jax.random.key(seed), x[:1])
     state = make(task, mode, steps, jnp.float32(rate)).init(params)
     feed = Feed(len(y), seed)
-    start = time.perf_counter()
     for number in range(task.epochs):
         order = feed.indices(number * len(y), per_epoch * task.batch_size)
         order = jnp.asarray(order.reshape(per_epoch, task.batch_size))
         params, state = epoch(params, state, x, y, order, jnp.float32(rate))
     test_accuracy = float(accuracy(params, *found["test"]))
-    result: dict[str, Any] = {"accuracy": test_accuracy, "seconds": time.perf_counter() - start}
+    result: dict[str, Any] = {"accuracy": test_accuracy}
     if mode != "grid":
         schedule = find_schedule(state)
         result |= {
@@ -224,24 +203,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/autowu-quality"))
     options = parser.parse_args()
     tasks = [TASKS[name] for name in options.tasks]
-    store = options.out / "runs.json"
-    done = json.loads(store.read_text()) if store.exists() else {}
 
-    def left() -> list[tuple[Task, tuple[str, float, int]]]:
-        return [(t, r) for t in tasks for r in runs_of(t, done) if key(t, *r) not in done]
+    def wanted(done: dict[str, Any]) -> list[tuple[str, Any]]:
+        return [
+            (key(task, *one), functools.partial(run, task, *one, options.data_dir))
+            for task in tasks
+            for one in runs_of(task, done)
+        ]
 
-    while waiting := left():
-        task, wanted = waiting[0]
-        seconds = {
-            t: [r["seconds"] for k, r in done.items() if k.startswith(f"{t} |")] or [30.0]
-            for t, _ in waiting
-        }
-        minutes = sum(np.mean(seconds[t]) for t, _ in waiting) / 60
-        result = run(task, *wanted, options.data_dir)
-        done[key(task, *wanted)] = result
-        write_json(store, done)
-        text = f"{key(task, *wanted)}: {result['accuracy']:.4f} in {result['seconds']:.0f} s"
-        print(f"{text}; {len(waiting) - 1} runs, about {minutes:.0f} min left", flush=True)
+    done = run_all(options.out / "runs.json", wanted)
     result = table(tasks, done)
     (options.out / "table.md").write_text(result + "\n", encoding="utf-8")
     print(result)

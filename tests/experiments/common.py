@@ -1,0 +1,69 @@
+"""What the experiments share: data on the device, and runs that an interruption does not lose."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adabatch_jax.training import load_dataset
+from adabatch_jax.training._report import write_json
+
+Result = dict[str, Any]
+Wanted = Callable[[dict[str, Result]], list[tuple[str, Callable[[], Result]]]]
+
+
+@functools.cache
+def data(name: str, folder: str | None = None) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Keys train and test: inputs [N, H, W] standardised by the training data, and labels."""
+    d = load_dataset(name, folder)
+    mean, deviation = d.train_inputs.mean() / 255.0, d.train_inputs.std() / 255.0
+
+    def prepared(x: np.ndarray) -> jax.Array:
+        return jnp.asarray((x / np.float32(255.0) - mean) / deviation, jnp.float32)
+
+    return {
+        "train": (prepared(d.train_inputs), jnp.asarray(d.train_labels)),
+        "test": (prepared(d.test_inputs), jnp.asarray(d.test_labels)),
+    }
+
+
+def octaves(low: float, count: int = 8, factor: float = 2.0) -> tuple[float, ...]:
+    """`count` values from `low` on, each `factor` times the one before."""
+    return tuple(float(f"{low * factor**k:.3g}") for k in range(count))
+
+
+def run_all(store: Path, wanted: Wanted) -> dict[str, Result]:
+    """Makes every run that is wanted and not in the file `store` yet; each result is saved at once.
+
+    `wanted(results so far)` lists (key, run): what comes later may depend on what is known. Keys begin
+    with a group, "group | …", whose runs take about the same time.
+    """
+    done = json.loads(store.read_text()) if store.exists() else {}
+
+    def group(key: str) -> str:
+        return key.split(" | ")[0]
+
+    def seconds(key: str) -> float:
+        alike = [r["seconds"] for k, r in done.items() if group(k) == group(key)]
+        return float(np.mean(alike)) if alike else 30.0
+
+    while waiting := [(key, run) for key, run in wanted(done) if key not in done]:
+        key, run = waiting[0]
+        start = time.perf_counter()
+        result = run()
+        done[key] = {**result, "seconds": time.perf_counter() - start}
+        write_json(store, done)
+        minutes = sum(seconds(k) for k, _ in waiting[1:]) / 60
+        shown = "  ".join(
+            f"{k} {v:.4g}" for k, v in done[key].items() if isinstance(v, (int, float))
+        )
+        print(f"{key}: {shown}; {len(waiting) - 1} runs, about {minutes:.0f} min left", flush=True)
+    return done
