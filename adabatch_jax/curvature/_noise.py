@@ -12,7 +12,7 @@ from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
 from adabatch_jax._tree import squared_norm, widen
 from adabatch_jax.curvature._products import hessian_vector_product
-from adabatch_jax.curvature._spectrum import lanczos, random_unit
+from adabatch_jax.curvature._spectrum import Spectrum, lanczos, random_unit
 
 PyTree = Any
 PROBES = ("ritz", "random")
@@ -64,15 +64,37 @@ def hessian_noise(
     _validate.function(where, loss_fn=loss_fn)
     _validate.one_of(where, PROBES, probe=probe)
     _validate.positive_int(where, num_steps=num_steps)
-    num_groups, group_size = _group_shape(where, groups)
+    _group_shape(where, groups)
     axes = axis_tuple(axis_name)
     if probe == "random":
-        z = random_unit(key, params)
-    else:
-        whole = hessian_vector_product(loss_fn, params, groups, count=num_groups, axis_name=axes)
-        start = random_unit(key, params)
-        z = lanczos(whole.linear(), start, num_steps)[1]
+        return _noise_along(random_unit(key, params), loss_fn, params, groups, axes)
+    return spectrum_and_noise(loss_fn, params, groups, key, num_steps, axes)[1]
 
+
+def spectrum_and_noise(
+    loss_fn: Callable[..., jax.Array],
+    params: PyTree,
+    groups: PyTree,
+    key: jax.Array,
+    num_steps: int,
+    axes: tuple[str, ...],
+) -> tuple[Spectrum, jax.Array]:
+    """The spectrum of the Hessian on all groups, and ν² along its top Ritz vector."""
+    num_groups, _ = _group_shape("hessian_noise", groups)
+    whole = hessian_vector_product(loss_fn, params, groups, count=num_groups, axis_name=axes)
+    spectrum, top = lanczos(whole.linear(), random_unit(key, params), num_steps)
+    return spectrum, _noise_along(top, loss_fn, params, groups, axes)
+
+
+def _noise_along(
+    z: PyTree,
+    loss_fn: Callable[..., jax.Array],
+    params: PyTree,
+    groups: PyTree,
+    axes: tuple[str, ...],
+) -> jax.Array:
+    """ν² = E ‖(H_i − H) z‖², from products with the Hessian of one group after the other."""
+    num_groups, group_size = _group_shape("hessian_noise", groups)
     checked = checked_axes(axes)
 
     def add(i: jax.Array, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
@@ -81,7 +103,7 @@ def hessian_noise(
         product = hessian_vector_product(loss_fn, to_varying(params, checked), group)
         image = product(to_varying(z, checked))
         before = jax.tree.map(jnp.subtract, image, mean)
-        mean = jax.tree.map(lambda m, d: m + d / (i + 1).astype(d.dtype), mean, before)
+        mean = jax.tree.map(lambda m, d: m + d / jnp.asarray(i + 1).astype(d.dtype), mean, before)
         after = jax.tree.map(jnp.subtract, image, mean)
         return mean, scatter + _dot(before, after)
 

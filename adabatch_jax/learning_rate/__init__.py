@@ -1,7 +1,8 @@
 """How far should the step go?
 
 * `scale_by_batch_size` lets the learning rate follow the batch size by a rule: `linear_scaling`,
-  `sqrt_scaling`, `random_matrix_scaling`.
+  `sqrt_scaling`, `random_matrix_scaling`. `scale_by_random_matrix` does so by the last of them, and
+  measures the batch size that it needs.
 * `follow_batch_size` lets any other hyperparameter follow it: by `scaled_beta`, `scaled_eps` and
   `scaled_weight_decay`. `scaled_average` does it for an average of the parameters.
 * `scale_by_example_schedule` applies a schedule over examples instead of steps.
@@ -29,6 +30,7 @@ from adabatch_jax.learning_rate._follow import (
 )
 from adabatch_jax.learning_rate._improved import scale_by_improved_autowu
 from adabatch_jax.learning_rate._lanczos import scale_by_lanczos
+from adabatch_jax.learning_rate._random_matrix import scale_by_random_matrix
 from adabatch_jax.learning_rate._return import return_to_minimum
 from adabatch_jax.learning_rate._scaling import (
     linear_scaling,
@@ -52,6 +54,7 @@ __all__ = [
     "scale_by_example_schedule",
     "scale_by_improved_autowu",
     "scale_by_lanczos",
+    "scale_by_random_matrix",
     "scaled_average",
     "scaled_beta",
     "scaled_eps",

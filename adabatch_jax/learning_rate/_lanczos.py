@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from adabatch_jax import _validate
@@ -19,12 +18,12 @@ from adabatch_jax.curvature import (
     max_stable_learning_rate,
 )
 from adabatch_jax.curvature._spectrum import lanczos, random_unit
+from adabatch_jax.learning_rate._refresh import Refresh
 from adabatch_jax.learning_rate._scaling import batch_sizes
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
 VARIANTS = ("gradient_descent", "heavy_ball", "nesterov", "nesterov_authors")
-UNITS = ("step", "example")
 _SMALL = 0.1  # of L: below, a Ritz value with most of the weight stands for the mass at zero
 
 
@@ -132,8 +131,8 @@ def scale_by_lanczos(
     """
     where = "scale_by_lanczos"
     _validate.one_of(where, VARIANTS, variant=variant)
-    _validate.one_of(where, UNITS, refresh_unit=refresh_unit)
-    _validate.positive_int(where, refresh_every=refresh_every, num_steps=num_steps)
+    refresh = Refresh.checked(where, refresh_every, refresh_unit)
+    _validate.positive_int(where, num_steps=num_steps)
     _validate.between(where, 0.0, 1.0, max_momentum=max_momentum, smoothing=smoothing)
     _validate.positive(where, safety=safety)
     _validate.between(where, 0.0, 1.0, closed=True, safety=safety)
@@ -149,7 +148,7 @@ def scale_by_lanczos(
         # Each number has a buffer of its own: a state with shared ones cannot be donated.
         fields: list[Any] = [jnp.zeros((), jnp.float32) for _ in range(8)]
         fields += [jnp.zeros((), jnp.int32) for _ in range(2)]
-        fields += [jnp.uint32(refresh_every), jax.random.key_data(jax.random.key(seed))]
+        fields += [refresh.start(), jax.random.key_data(jax.random.key(seed))]
         fields.append(optax.tree.zeros_like(widen(params)))
         return ScaleByLanczosState(*fields)
 
@@ -224,18 +223,14 @@ def scale_by_lanczos(
                 f"{where} measures the curvature of the loss: call optimizer.update(gradient, state, "
                 "params, value_fn=value_fn) with value_fn(params) the loss on a curvature batch"
             )
-        increment, sharpness = jnp.uint32(1), {}
-        if refresh_unit == "example" or hessian_noise is not None:
+        size, sharpness = None, {}
+        if refresh.by_examples or hessian_noise is not None:
             size = batch_sizes(where, 1.0, noise, batch_size)[0]
-            if refresh_unit == "example":
-                increment = size.astype(jnp.uint32)
             if hessian_noise is not None:
                 sharpness = {"noise": hessian_noise, "batch_size": size}
-        due = (state.since_refresh >= np.uint32(refresh_every)) | (state.refreshes == 0)
-        due &= jnp.asarray(emit).astype(bool)
+        due = refresh.due(state.since_refresh, state.refreshes > 0, emit)
         if jax.tree.leaves(params):
             state = jax.lax.cond(due, lambda s: refreshed(s, params, value_fn), lambda s: s, state)
-        since = jnp.where(due, jnp.uint32(0), state.since_refresh) + increment
         alpha, beta = rates(state, sharpness)
         trace = jax.tree.map(
             lambda t, u: beta.astype(t.dtype) * t + u.astype(t.dtype), state.lanczos_trace, updates
@@ -249,7 +244,7 @@ def scale_by_lanczos(
         return stepped, state._replace(
             lanczos_learning_rate=alpha,
             lanczos_momentum=beta,
-            since_refresh=since,
+            since_refresh=refresh.advance(state.since_refresh, due, size),
             lanczos_trace=trace,
         )
 

@@ -61,6 +61,18 @@ def curved(gradient: PyTree, step: int) -> dict[str, Any]:
     return {"value_fn": value_fn, "batch_size": jnp.int32(16 * (step + 1))}
 
 
+def leaning(scale: jax.Array, params: PyTree, group: jax.Array) -> jax.Array:
+    """`bowl` for examples of different steepness."""
+    return jnp.mean(group).astype(jnp.float32) * bowl(scale, params)
+
+
+def curved_groups(gradient: PyTree, step: int) -> dict[str, Any]:
+    """Groups of two examples, whose curvature and spread change from step to step."""
+    loss_fn = jax.tree_util.Partial(leaning, jnp.float32(1.0 + (step % 3)))
+    groups = jnp.arange(1.0, 9.0, dtype=jnp.float32).reshape(4, 2) + jnp.float32(step)
+    return {"loss_fn": loss_fn, "groups": groups, "batch_size": jnp.int32(16 * (step + 1))}
+
+
 @dataclass(frozen=True, eq=False)  # each row is its own key
 class Row:
     name: str
@@ -230,6 +242,23 @@ TABLE = [
         | {"hessian_noise": 4.0, "curvature_batch_size": 64},
         ("max_momentum", "safety", "smoothing", "hessian_noise", "curvature_batch_size"),
         curved,
+    ),
+    Row(
+        "scale_by_random_matrix",
+        adabatch.scale_by_random_matrix,
+        (),
+        {"base_batch_size": 16, "adaptive": True, "refresh_every": 2, "num_steps": 3},
+        ("base_batch_size", "smoothing", "dataset_size"),
+        curved_groups,
+    ),
+    Row(
+        "scale_by_random_matrix by examples",
+        adabatch.scale_by_random_matrix,
+        (),
+        {"base_batch_size": 16, "adaptive": False, "refresh_every": 40, "num_steps": 3}
+        | {"refresh_unit": "example", "dataset_size": 1000},
+        ("base_batch_size", "smoothing", "dataset_size"),
+        curved_groups,
     ),
     Row(
         "scale_by_adamp",
