@@ -22,13 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: the command line without the program's name; None: that of the process.
 
     Returns:
-      0; 1 if training failed; 2 if the arguments or the data are unusable, after one line that says why.
+      0; 1 if training failed; 2 if the arguments or the data are unusable; 130 after Ctrl-C. All but 0
+      come with one line that says why.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         import tyro
 
-        from adabatch_jax.training import TrainConfig, TrainingError, train
+        from adabatch_jax import training
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("adabatch_jax"):
             raise
@@ -43,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with contextlib.redirect_stderr(said):
             config = tyro.extras.subcommand_cli_from_dict(
-                {"train": TrainConfig},
+                {"train": training.TrainConfig, "spectrum": training.SpectrumConfig},
                 prog="adabatch-jax",
-                description="Train while the batch size follows the noise of the gradient.",
+                description="Train while the batch size follows the noise of the gradient, "
+                "and measure the curvature of what was trained.",
                 args=arguments,
             )
     except SystemExit as stop:
@@ -53,13 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error), USAGE_ERROR)
     try:
-        _show(train(config))
+        if isinstance(config, training.SpectrumConfig):
+            measured = training.report_spectrum(config)
+            training.show_spectrum(measured.summary, config.output)
+        else:
+            _show(training.train(config))
     except (ValueError, OSError) as error:
         return _fail(str(error), USAGE_ERROR)
-    except TrainingError as error:
+    except training.TrainingError as error:
         return _fail(str(error), RUN_ERROR)
     except KeyboardInterrupt:
-        return _fail("interrupted: metrics.csv holds the steps that were made", 130)
+        spectrum = isinstance(config, training.SpectrumConfig)
+        left = "nothing was written" if spectrum else "metrics.csv holds the steps that were made"
+        return _fail(f"interrupted: {left}", 130)
     return 0
 
 
@@ -79,9 +87,18 @@ def _show(result: Any) -> None:
             f"peak learning rate {w['peak_learning_rate']:.2g}, found in {w['examples']:.0f} examples "
             f"({reason}{halved})"
         )
+    if "curvature" in s:
+        c = s["curvature"]
+        found = f"largest curvature {c['curvature_largest']:.3g}"
+        if "momentum" in c:
+            found += f", momentum {c['momentum']:.3g}"
+        if "transition_batch_size" in c:
+            found += f", noise dominates it below a batch size of {c['transition_batch_size']:.0f}"
+        failed = f", {c['failed_refreshes']} more failed" if c["failed_refreshes"] else ""
+        print(f"{found} ({c['refreshes']} measurements{failed})")
     if s["skipped_steps"]:
         print(f"{s['skipped_steps']} steps were skipped: loss or gradient not finite")
-    print(f"metrics.csv, summary.json and run.png are in {s['config']['out']}")
+    print(f"metrics.csv, summary.json, run.png and checkpoint are in {s['config']['out']}")
 
 
 def _unboxed(text: str) -> str:
@@ -96,7 +113,7 @@ def _unboxed(text: str) -> str:
             break
         message.append(line.strip("│ "))
     title, said = title.strip("╭╮─ "), " ".join(message)
-    said = re.sub(r"^Error parsing TrainConfig: ", "", said)
+    said = re.sub(r"^Error parsing (Train|Spectrum)Config: ", "", said)
     return said if title == "Value error" or said.startswith(title) else f"{title}: {said}"
 
 

@@ -2,19 +2,22 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from adabatch_jax.cli import main
+from adabatch_jax.training import _report_spectrum
 
 
 def test_a_small_run_prints_its_result_and_where_it_lies(tmp_path, capsys):
     status = main(["train", "--model", "logistic", "--epochs", "2", "--out", str(tmp_path / "a")])
     said = capsys.readouterr().out
     assert status == 0
-    assert "test accuracy 0." in said and str(tmp_path / "a") in said
+    assert "test accuracy 0." in said
+    assert f"summary.json, run.png and checkpoint are in {tmp_path / 'a'}" in said
     assert "\x1b" not in said, "piped output carries no control characters"
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["examples"] == 2 * 1437
 
@@ -42,6 +45,17 @@ def test_a_small_run_prints_its_result_and_where_it_lies(tmp_path, capsys):
         ),
         (["train", "--schedule", "autowu", "--epochs", "2"], "too short for one test"),
         (["train", "--out", "/dev/null/below"], "--out /dev/null/below cannot be written"),
+        (["spectrum", "--wings", "2"], "--wings"),
+        (["spectrum", "--batch-sizes", "some"], "--batch-sizes"),
+        (["spectrum", "--matrix", "fisher"], "--matrix must be one of hessian, gauss-newton"),
+        (
+            ["spectrum", "--run", "a", "--model", "mlp"],
+            "--run has a model of its own, leave out --m",
+        ),
+        (["spectrum", "--examples", "1438"], "--examples 1438 exceeds the 1437 training examples"),
+        (["spectrum", "--batch-sizes", "16", "2000"], "--batch-sizes 2000 exceeds the 1437 exam"),
+        (["spectrum", "--run", "nowhere"], "--run nowhere is not the folder of a finished run"),
+        (["spectrum", "--out", "/dev/null/below"], "--out /dev/null/below cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
@@ -57,6 +71,84 @@ def test_a_rate_that_was_found_is_told(tmp_path, capsys):
     assert main(["train", *arguments, "--epochs", "2", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert re.search(r"peak learning rate \S+, found in \d+ examples \((minimum|diverged|at)", said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["--optimizer", "lanczos-sgd"],
+            r"largest curvature \S+, momentum 0\.\d+ \(\d+ measurements",
+        ),
+        (
+            ["--optimizer", "sgd", "--scaling", "random-matrix"],
+            r"largest curvature \S+, noise dominates it below a batch size of \d+ \(\d+ meas",
+        ),
+    ],
+)
+def test_a_curvature_that_was_measured_is_told(arguments, told, tmp_path, capsys):
+    few = ["--model", "logistic", "--epochs", "1", "--criterion", "none", "--out", str(tmp_path)]
+    assert main(["train", *arguments, *few]) == 0
+    assert re.search(told, capsys.readouterr().out)
+
+
+FEW = ["--examples", "64", "--batch-sizes", "8", "--probes", "2", "--steps", "8", "--seed", "1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", "--model", "logistic", "--epochs", "1", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_trained_model_is_measured(trained, capsys):
+    assert main(["spectrum", "--run", str(trained), *FEW]) == 0
+    said = capsys.readouterr().out
+    assert f"Hessian of logistic ({trained / 'checkpoint'}), 650 parameters" in said
+    assert f"spectrum.json and spectrum.png are in {trained}" in said
+    assert "\x1b" not in said, "piped output carries no control characters"
+    written = json.loads((trained / "spectrum.json").read_text())
+    assert (written["dataset"], written["model"]) == ("digits", "logistic")
+    assert written["batches"][0]["largest"] > written["full"]["largest"] > 0
+    assert (trained / "spectrum.png").stat().st_size > 10_000
+    assert (trained / "metrics.csv").exists(), "the run is still there"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: shutil.rmtree(run / "checkpoint"), "checkpoint: no checkpoint"),
+        (lambda run: (run / "checkpoint" / "manifest.ocdbt").write_bytes(b"?"), "is damaged"),
+        (lambda run: (run / "summary.json").write_text("{"), "summary.json is damaged"),
+        (
+            lambda run: (run / "summary.json").write_text(
+                (run / "summary.json").read_text().replace('"logistic"', '"mlp"')
+            ),
+            "of another model",
+        ),
+    ],
+    ids=["missing", "damaged", "no summary", "other model"],
+)
+def test_a_run_that_cannot_be_measured_is_one_line(trained, damage, message, tmp_path, capfd):
+    run = shutil.copytree(trained, tmp_path / "run")
+    damage(run)
+    capfd.readouterr()
+    assert main(["spectrum", "--run", str(run), "--out", str(tmp_path / "out"), *FEW]) == 2
+    output = capfd.readouterr()
+    assert message in output.err and str(run) in output.err
+    assert output.err.count("\n") == 1 and output.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_measurement_writes_nothing(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_report_spectrum, "measure_subject", interrupted)
+    assert main(["spectrum", "--out", str(tmp_path), *FEW]) == 130
+    assert capsys.readouterr().err == "adabatch-jax: interrupted: nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_truncated_file_is_one_line_and_leaves_nothing_behind(tmp_path, capsys):

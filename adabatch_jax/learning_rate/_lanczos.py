@@ -24,6 +24,7 @@ from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
 VARIANTS = ("gradient_descent", "heavy_ball", "nesterov", "nesterov_authors")
+_ROUNDING = 1e-3  # of L: a negative Ritz value beyond it is negative curvature
 _SMALL = 0.1  # of L: below, a Ritz value with most of the weight stands for the mass at zero
 
 
@@ -62,9 +63,9 @@ def scale_by_lanczos(
     *,
     refresh_every: int,
     refresh_unit: str = "step",
-    num_steps: int = 20,
+    num_steps: int = 10,
     max_momentum: Any = 0.9,
-    safety: Any = 0.5,
+    safety: Any = 0.3,
     smoothing: Any = 0.5,
     hessian_noise: Any = None,
     curvature_batch_size: Any = None,
@@ -76,7 +77,8 @@ def scale_by_lanczos(
 
     Every `refresh_every` steps, a Lanczos run on the Hessian of `value_fn=` gives Ritz values θ with
     weights. L = max |θ|; without the one that holds more than half of the weight and is below L/10 (the
-    many eigenvalues at zero), μ = min |θ|. Then
+    many eigenvalues at zero), μ = min |θ|, and μ = 0 if there is negative curvature, as in every network.
+    Then
 
     * gradient_descent: α = 2 / (L + median |θ|), no momentum;
     * heavy_ball: α = (2 / (√L + √μ))², β = ((√L − √μ) / (√L + √μ))², Polyak's;
@@ -85,9 +87,12 @@ def scale_by_lanczos(
 
     β is at most `max_momentum`, α at most `safety` times `max_stable_learning_rate` for that β. The trace
     is t ← β t + g as in `optax.trace`, the update −α t (Nesterov: −α (β t + g)). A rise of L is taken at
-    once, since a rate above the bound diverges; everything else is averaged over refreshes,
-    geometrically. A refresh whose curvature is not finite, or whose λ₁ is not positive, is counted and
-    changes nothing. Until the first usable one the learning rate is 0 and every step tries again.
+    once, since a rate above the bound diverges. A fall is mostly an echo: training on mini-batches brings
+    the curvature down to about 2 (1 − β) / α, whatever α is. So a fall raises α no further than
+    2 (1 − β) / L, and for the rest is averaged over refreshes, geometrically, as μ and the median are: the
+    rate is never far above the one that the first refresh finds. A refresh whose curvature is not finite,
+    or whose λ₁ is not positive, is counted and changes nothing. Until the first usable one the learning
+    rate is 0 and every step tries again.
 
     `update` needs `params` and reads `value_fn=`, params → scalar loss on a curvature batch (32 to 1024
     examples), as Optax's line searches do. In a jitted step it may close over the batch, or be a
@@ -127,7 +132,8 @@ def scale_by_lanczos(
       (0.25, [-1.0, 1.0])
 
     Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092, and the authors' code; Polyak (1964);
-    Nesterov (1983). The caps, the smoothing, L/10 and 1 / L for Nesterov are ours.
+    Nesterov (1983). The caps, the smoothing, the echo, μ = 0, L/10 and 1 / L for Nesterov are ours.
+    Defaults: tests/experiments/lanczos_learner.py.
     """
     where = "scale_by_lanczos"
     _validate.one_of(where, VARIANTS, variant=variant)
@@ -165,6 +171,7 @@ def scale_by_lanczos(
             floor, median = jnp.minimum(floor, full.largest), jnp.minimum(median, full.largest)
             scale = full.largest
         usable = jnp.isfinite(scale + floor + median) & (largest > 0) & (scale > 0)
+        convex = smallest >= -_ROUNDING * scale
         old = jnp.where(state.refreshes == 0, 0.0, jnp.asarray(smoothing, jnp.float32))
 
         def mean(before: jax.Array, now: jax.Array) -> jax.Array:
@@ -175,20 +182,24 @@ def scale_by_lanczos(
             curvature_largest=largest,
             curvature_smallest=smallest,
             curvature_residual=found.residuals[jnp.argmax(found.eigenvalues)],
-            curvature_scale=jnp.maximum(mean(state.curvature_scale, scale), scale),
-            curvature_floor=mean(state.curvature_floor, floor),
+            curvature_scale=scale,
+            curvature_floor=jnp.where(convex, mean(state.curvature_floor, floor), 0.0),
             curvature_median=mean(state.curvature_median, median),
             refreshes=state.refreshes + 1,
         )
+        alpha, beta = rates(new, {})
+        echo = scale * jnp.maximum(alpha * scale / (2.0 * (1.0 - beta)), 1.0)
+        held = jnp.maximum(jnp.minimum(state.curvature_scale, echo), scale)
+        new = new._replace(curvature_scale=jnp.maximum(mean(state.curvature_scale, scale), held))
         failed = state._replace(failed_refreshes=state.failed_refreshes + 1)
         kept = jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, failed)
         return kept._replace(lanczos_key=jax.random.key_data(key))
 
     def rates(state: ScaleByLanczosState, sharpness: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         known = state.refreshes > 0
-        top = jnp.where(known, state.curvature_scale, 1.0)
+        full = top = jnp.where(known, state.curvature_scale, 1.0)
         if sharpness:  # 2 / bound is the L of a batch of that size
-            top = 2.0 / max_stable_learning_rate(top, **sharpness)
+            top = 2.0 / max_stable_learning_rate(full, **sharpness)
         low = jnp.minimum(state.curvature_floor, top)
         root, small = jnp.sqrt(top), jnp.sqrt(low)
         ratio = (root - small) / (root + small)
@@ -202,7 +213,7 @@ def scale_by_lanczos(
             "nesterov": 1.0 / top,
             "nesterov_authors": small / root,
         }[variant]
-        bound = max_stable_learning_rate(top, momentum=beta, nesterov=nesterov)
+        bound = max_stable_learning_rate(full, momentum=beta, nesterov=nesterov, **sharpness)
         alpha = jnp.minimum(alpha, jnp.asarray(safety, jnp.float32) * bound)
         return jnp.where(known, alpha, 0.0), beta
 
@@ -230,7 +241,12 @@ def scale_by_lanczos(
                 sharpness = {"noise": hessian_noise, "batch_size": size}
         due = refresh.due(state.since_refresh, state.refreshes > 0, emit)
         if jax.tree.leaves(params):
-            state = jax.lax.cond(due, lambda s: refreshed(s, params, value_fn), lambda s: s, state)
+            # Without the trace: what passes through a cond inside a scan is copied at every step.
+            numbers = state._replace(lanczos_trace=())
+            numbers = jax.lax.cond(
+                due, lambda s: refreshed(s, params, value_fn), lambda s: s, numbers
+            )
+            state = numbers._replace(lanczos_trace=state.lanczos_trace)
         alpha, beta = rates(state, sharpness)
         trace = jax.tree.map(
             lambda t, u: beta.astype(t.dtype) * t + u.astype(t.dtype), state.lanczos_trace, updates

@@ -3,9 +3,14 @@
 `train(TrainConfig(...))` is what `adabatch-jax train` calls. In the order of the data: `load_dataset`
 finds and checks the data, `Feed` fixes the order of the examples, `rung_for` the compiled shape of a
 batch, `make_step` the fused step, `build_optimizer` the chain, `plot_run` the picture of the run and
-`plot_warmup` that of AutoWU's decision. The rooms of the core know nothing of this one.
+`plot_warmup` that of AutoWU's decision. `save_params` keeps what was trained.
+
+`report_spectrum(SpectrumConfig(...))` is what `adabatch-jax spectrum` calls: `measure_spectrum` compares
+the curvature of batches with the formulas, `plot_spectrum` draws it. The rooms of the core know nothing
+of this one.
 """
 
+from adabatch_jax.training._checkpoint import load_params, save_params
 from adabatch_jax.training._config import TrainConfig
 from adabatch_jax.training._data import Dataset, load_dataset
 from adabatch_jax.training._feed import Feed
@@ -14,14 +19,20 @@ from adabatch_jax.training._loop import TrainingError, TrainResult, run_steps, t
 from adabatch_jax.training._models import build_model
 from adabatch_jax.training._optimizer import build_criterion, build_optimizer
 from adabatch_jax.training._plot import plot_run
+from adabatch_jax.training._plot_spectrum import plot_spectrum
 from adabatch_jax.training._plot_warmup import plot_warmup
 from adabatch_jax.training._report import read_metrics
+from adabatch_jax.training._report_spectrum import report_spectrum, show_spectrum
+from adabatch_jax.training._spectrum import SpectrumResult, measure_spectrum
+from adabatch_jax.training._spectrum_config import SpectrumConfig
 from adabatch_jax.training._step import make_step
 
 __all__ = [
     "Dataset",
     "Feed",
     "Rung",
+    "SpectrumConfig",
+    "SpectrumResult",
     "TrainConfig",
     "TrainResult",
     "TrainingError",
@@ -29,11 +40,17 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "load_dataset",
+    "load_params",
     "make_step",
+    "measure_spectrum",
     "plot_run",
+    "plot_spectrum",
     "plot_warmup",
     "read_metrics",
+    "report_spectrum",
     "run_steps",
     "rung_for",
+    "save_params",
+    "show_spectrum",
     "train",
 ]

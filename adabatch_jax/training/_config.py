@@ -10,10 +10,11 @@ from typing import Any
 from adabatch_jax import _validate
 
 DATASETS = ("digits", "mnist", "fashion-mnist")
-MODELS = ("logistic", "mlp", "cnn")
-OPTIMIZERS = ("adadagrad", "adadagrad-norm", "adamw", "adam", "adamp", "sgd", "momentum", "lamb")
+MODELS = ("logistic", "mlp", "cnn", "resnet")
+DIRECTIONS = ("adadagrad", "adadagrad-norm", "adamw", "adam", "adamp", "sgd", "momentum", "lamb")
+OPTIMIZERS = (*DIRECTIONS, "lanczos-sgd")
 CRITERIA = ("norm", "coordinate-norm", "inner-product", "augmented", "noise-scale", "none")
-SCALINGS = ("none", "linear", "sqrt")
+SCALINGS = ("none", "linear", "sqrt", "random-matrix")
 SCHEDULES = ("constant", "cosine", "autowu", "autowu-improved")
 FINDS_ITS_RATE = ("autowu", "autowu-improved")
 
@@ -36,9 +37,10 @@ class TrainConfig:
     dataset: str = "digits"
     """Data set: digits (embedded), mnist or fashion-mnist (found in the usual places, else downloaded)."""
     model: str = "mlp"
-    """Model: logistic, mlp (256 hidden units) or cnn."""
+    """Model: logistic, mlp (256 hidden units), cnn, or resnet (three blocks, group normalisation)."""
     optimizer: str = "adadagrad"
-    """Optimizer: adadagrad, adadagrad-norm (one accumulator), adamw, adam, adamp, sgd, momentum or lamb."""
+    """Optimizer: adadagrad, adadagrad-norm (one accumulator), adamw, adam, adamp, sgd, momentum, lamb, or
+    lanczos-sgd, which sets learning rate and momentum by the curvature."""
     auto: bool = False
     """Find the learning rate, grow the batch and scale the rate with it: nothing else to choose."""
     criterion: str = "norm"
@@ -65,12 +67,17 @@ class TrainConfig:
     max_micro_batch_size: int = 1024
     """Most examples whose gradient is computed at once: bounds the memory."""
     scaling: str | None = None
-    """How the learning rate follows the batch size, from the initial one: none, linear or sqrt
-    (sqrt; with --auto by the kind of optimizer)."""
+    """How the learning rate follows the batch size, from the initial one: none, linear, sqrt, or
+    random-matrix: up to the batch size where curvature takes over from noise, which is measured
+    (sqrt; with --auto by the kind of optimizer, with lanczos-sgd none)."""
     learning_rate: float | None = None
-    """Learning rate at the initial batch size (0.02). AutoWU finds its own."""
+    """Learning rate at the initial batch size (0.02). AutoWU and lanczos-sgd find their own."""
     schedule: str | None = None
     """Learning rate over examples: constant, cosine, autowu (the paper's) or autowu-improved (cosine)."""
+    curvature_examples: int | None = None
+    """Examples on which lanczos-sgd and random-matrix measure the curvature (256)."""
+    refresh_every: int | None = None
+    """Examples between two such measurements (a twentieth of the run)."""
     epochs: int = 20
     """Passes over the training data; steps change size, this budget does not."""
     seed: int = 0
@@ -103,6 +110,8 @@ class TrainConfig:
             "initial_batch_size",
             "max_batch_size",
             "max_micro_batch_size",
+            "curvature_examples",
+            "refresh_every",
             "epochs",
         ):
             if getattr(self, name) is not None:
@@ -133,19 +142,34 @@ class TrainConfig:
 
     def _check_rate(self) -> None:
         """No learning rate, or rule for it, beside one that is found."""
-        chosen = [
-            n for n in ("learning_rate", "schedule", "scaling") if getattr(self, n) is not None
-        ]
-        if self.auto and (chosen or self.criterion == "none"):
-            name = chosen[0] if chosen else "criterion"
-            raise ValueError(
-                f"train: --auto decides by itself, leave out {_spelled(name)} {getattr(self, name)}"
-            )
-        if self.schedule in FINDS_ITS_RATE and self.learning_rate is not None:
-            raise ValueError(
-                f"train: --schedule {self.schedule} finds the learning rate, leave out "
-                f"--learning-rate {self.learning_rate}"
-            )
+
+        def refuse(reason: str, *names: str) -> None:
+            for name in names:
+                if getattr(self, name) is not None:
+                    given = f"{_spelled(name)} {getattr(self, name)}"
+                    raise ValueError(f"train: {reason}, leave out {given}")
+
+        if self.auto:
+            refuse("--auto decides by itself", "learning_rate", "schedule", "scaling")
+            if self.criterion == "none":
+                refuse("--auto decides by itself", "criterion")
+        if self.schedule in FINDS_ITS_RATE:
+            refuse(f"--schedule {self.schedule} finds the learning rate", "learning_rate")
+        if self.optimizer == "lanczos-sgd":
+            found = "--optimizer lanczos-sgd finds the learning rate"
+            refuse(found, "learning_rate", *(["scaling"] if self.scaling != "none" else []))
+            if self.auto:
+                raise ValueError(f"train: {found}, leave out --auto")
+            if self.schedule in FINDS_ITS_RATE:
+                refuse(found, "schedule")
+        if not self.measures_curvature:
+            needs = "only --optimizer lanczos-sgd and --scaling random-matrix measure the curvature"
+            refuse(needs, "curvature_examples", "refresh_every")
+
+    @property
+    def measures_curvature(self) -> bool:
+        """Whether something in the chain needs the loss on a curvature batch."""
+        return self.optimizer == "lanczos-sgd" or self.scaling == "random-matrix"
 
     def resolved(self, num_examples: int) -> TrainConfig:
         """Every option that was left out, filled in: some defaults depend on others and on the data.
@@ -171,6 +195,8 @@ class TrainConfig:
             schedule="cosine",
             learning_rate=None if self.schedule in FINDS_ITS_RATE else 0.02,
         )
+        if self.optimizer == "lanczos-sgd":
+            values.update(scaling="none", learning_rate=None)
         if self.auto:
             first = min(max(power_of_two(num_examples / 256), 16), 256)
             first = self.initial_batch_size or first
@@ -181,6 +207,9 @@ class TrainConfig:
                 smoothing=0.9,
                 debias=True,
             )
+        if self.measures_curvature:
+            values["curvature_examples"] = min(256, num_examples)
+            values["refresh_every"] = max(self.epochs * num_examples // 20, 1)
         left_out = {k: v for k, v in values.items() if getattr(self, k) in (None, False)}
         return dataclasses.replace(self, **left_out)
 

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import adabatch_jax as adabatch
+from adabatch_jax.training._checkpoint import save_params
+from adabatch_jax.training._classifier import classifier
 from adabatch_jax.training._config import FINDS_ITS_RATE, TrainConfig
-from adabatch_jax.training._data import Dataset, load_dataset, to_float
+from adabatch_jax.training._data import Dataset, load_dataset
 from adabatch_jax.training._feed import Feed
 from adabatch_jax.training._ladder import rung_for
-from adabatch_jax.training._models import build_model
 from adabatch_jax.training._optimizer import build_optimizer, known
 from adabatch_jax.training._plot import plot_run
 from adabatch_jax.training._progress import Progress
@@ -27,6 +28,7 @@ from adabatch_jax.training._step import CompiledSteps, make_evaluation, make_ste
 
 PyTree = Any
 MAX_SKIPPED_IN_A_ROW = 10
+CURVATURE_GROUPS = 16  # between which the noise of the Hessian shows
 HINTS = {"autowu": "Try --schedule autowu-improved, which goes back when the loss explodes"}
 EVIDENCE = ("noise_numerator", "noise_denominator", "required_batch_size")
 COLUMNS = (
@@ -46,6 +48,10 @@ COLUMNS = (
     "minimum_probability",
     "minimum_location",
     "setbacks",
+    "momentum",
+    "curvature_largest",
+    "transition_batch_size",
+    "refreshes",
     "micro_batch_size",
     "skipped",
     "seconds",
@@ -93,14 +99,7 @@ def run_steps(
     Returns:
       What the steps left behind.
     """
-    model = build_model(config.model, dataset.num_classes)
-    some = to_float(jnp.asarray(dataset.train_inputs[:1]))
-    params = model.init(jax.random.key(config.seed), some)["params"]
-    mean, deviation = _mean_and_deviation(dataset.train_inputs)
-
-    def apply(params: PyTree, inputs: jax.Array) -> jax.Array:
-        return jnp.asarray(model.apply({"params": params}, (inputs - mean) / deviation))
-
+    params, apply = classifier(config.model, dataset, config.seed)
     num_examples = len(dataset.train_labels)
     config = config.resolved(num_examples)
     budget = config.epochs * num_examples
@@ -112,6 +111,7 @@ def run_steps(
             optimizer,
             coordinate_wise=config.criterion == "coordinate-norm",
             inner_products=config.criterion in ("inner-product", "augmented"),
+            curvature=_curvature_batch(config, num_examples),
         )
     )
     data = jax.device_put((dataset.train_inputs, dataset.train_labels))
@@ -175,14 +175,25 @@ def run_steps(
     return Steps(params, opt_state, apply, step.compilations)
 
 
-def _mean_and_deviation(inputs: np.ndarray) -> tuple[float, float]:
-    """Over all pixels of the training data, on the scale of `to_float`."""
-    unit = 255.0 if inputs.dtype == np.uint8 else 1.0
-    return float(inputs.mean()) / unit, float(inputs.std()) / unit
+def _curvature(shown: dict[str, Any]) -> dict[str, Any]:
+    """What the last measurement of the curvature led to."""
+    names = ("curvature_largest", "transition_batch_size", "momentum")
+    counts = {k: int(shown[k]) for k in ("refreshes", "failed_refreshes")}
+    return {**{k: float(shown[k]) for k in names if k in shown}, **counts}
+
+
+def _curvature_batch(config: TrainConfig, num_examples: int) -> np.ndarray | None:
+    """Examples drawn once, [groups, group size]: the size that was asked for, rounded down."""
+    if not config.measures_curvature:
+        return None
+    wanted = min(known(config.curvature_examples), num_examples)
+    groups = min(CURVATURE_GROUPS, wanted)
+    drawn = np.random.default_rng(config.seed).permutation(num_examples)
+    return drawn[: wanted // groups * groups].reshape(groups, -1).astype(np.int32)
 
 
 def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
-    """Trains as configured, shows progress, and leaves metrics.csv, summary.json and run.png.
+    """Trains as configured, shows progress, and leaves metrics.csv, summary.json, run.png and checkpoint.
 
     Args:
       config: the run.
@@ -193,7 +204,8 @@ def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
       `optimizer_steps`, `examples`, `initial_batch_size`, `final_batch_size`,
       `train_step_compilations`, `seconds` (training alone), `skipped_steps`, the configuration and,
       where AutoWU found the rate, `warmup`: why it `ended`, after how many `examples`, the
-      `peak_learning_rate` at the first batch size, `tests` and `setbacks`.
+      `peak_learning_rate` at the first batch size, `tests` and `setbacks`; where the curvature was
+      measured, `curvature`: what it was last, `refreshes` and `failed_refreshes`.
 
     Raises:
       ValueError: the data cannot be used.
@@ -260,6 +272,9 @@ def train(config: TrainConfig, *, console: Any = None) -> TrainResult:
     if config.auto or config.schedule in FINDS_ITS_RATE:
         smoothed = adabatch.smoothed_losses(done.opt_state)
         summary["warmup"] = _warmup(adabatch.metrics(done.opt_state), smoothed)
+    if config.measures_curvature:
+        summary["curvature"] = _curvature(adabatch.metrics(done.opt_state))
+    save_params(out / "checkpoint", done.params)
     write_json(out / "summary.json", summary)
     plot_run(columns, title=title, smoothed=smoothed, path=out / "run.png")
     return TrainResult(done.params, columns, summary)

@@ -1,4 +1,4 @@
-"""Three small classifiers that show every effect of a batch size and train in seconds.
+"""Four small classifiers that show every effect of a batch size and train in seconds.
 
 None of them has batch normalisation: it would tie the gradient of one example to its neighbours in
 the micro-batch, and the noise of a batch would no longer follow from the noise of one example.
@@ -70,14 +70,66 @@ class CNN(nn.Module):
         return nn.Dense(self.num_classes)(hidden)
 
 
-_MODELS: dict[str, Callable[..., nn.Module]] = {"logistic": Logistic, "mlp": MLP, "cnn": CNN}
+class PreActResNet(nn.Module):
+    """A residual network with pre-activation: 3x3 convolutions, group normalisation, global average.
+
+    The first convolution has a stride of two. Every block adds conv(relu(norm(conv(relu(norm(x)))))) to
+    x. A later stage begins with a stride of two, and a block that changes the shape of x sends
+    relu(norm(x)) through a 1x1 convolution instead.
+
+    Args:
+      num_classes: number of logits.
+      channels: of the stages, multiples of `groups`.
+      blocks: in a stage.
+      groups: of channels that are normalised together, in one example.
+
+    Source: He, Zhang, Ren, Sun (2016), arXiv 1603.05027; Wu and He (2018), arXiv 1803.08494.
+    """
+
+    num_classes: int
+    channels: tuple[int, ...] = (8, 16, 32)
+    blocks: int = 1
+    groups: int = 4
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Maps inputs, float [B, H, W], to logits, [B, num_classes]."""
+        hidden = self._convolution(_checked(inputs)[..., None], self.channels[0], stride=2)
+        for stage, features in enumerate(self.channels):
+            for block in range(self.blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                active = self._activated(hidden)
+                branch = self._activated(self._convolution(active, features, stride))
+                branch = self._convolution(branch, features)
+                if hidden.shape != branch.shape:
+                    strided = active[:, ::stride, ::stride]
+                    hidden = nn.Dense(features, use_bias=False)(strided)
+                hidden = hidden + branch
+        return nn.Dense(self.num_classes)(jnp.mean(self._activated(hidden), axis=(1, 2)))
+
+    def _convolution(self, images: jax.Array, features: int, stride: int = 1) -> jax.Array:
+        # Without a bias: a normalisation follows, which has one.
+        around = _neighbourhoods(images)[:, ::stride, ::stride]
+        return nn.Dense(features, use_bias=False)(around)
+
+    def _activated(self, images: jax.Array) -> jax.Array:
+        return nn.relu(nn.GroupNorm(self.groups)(images))
+
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "logistic": Logistic,
+    "mlp": MLP,
+    "cnn": CNN,
+    "resnet": PreActResNet,
+}
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
     """Builds a classifier of images by its name.
 
     Args:
-      name: "logistic", "mlp" (256 hidden units) or "cnn" (two convolutions).
+      name: "logistic", "mlp" (256 hidden units), "cnn" (two convolutions) or "resnet" (three residual
+        blocks, group normalisation).
       num_classes: number of logits, at least 1.
 
     Returns:

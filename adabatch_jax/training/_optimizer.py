@@ -55,7 +55,8 @@ def build_optimizer(
       total_examples: the budget of the run, over which the schedule decays.
 
     Returns:
-      A `GradientTransformationExtraArgs` whose `update` reads `noise=` and `value=`.
+      A `GradientTransformationExtraArgs` whose `update` reads `noise=` and `value=`; where the
+      configuration measures the curvature, also `value_fn=`, `loss_fn=` and `groups=`.
 
     Raises:
       ValueError: the run is too short for AutoWU.
@@ -76,6 +77,9 @@ def build_optimizer(
     criterion = build_criterion(config)
     constant = criterion is None
     rules = {"linear": adabatch.linear_scaling, "sqrt": adabatch.sqrt_scaling}
+    refreshes = {}
+    if config.measures_curvature:
+        refreshes = {"refresh_every": known(config.refresh_every), "refresh_unit": "example"}
     links = [
         adabatch.adapt_batch_size(
             criterion or adabatch.norm_test(1.0),
@@ -84,12 +88,26 @@ def build_optimizer(
             smoothing=config.smoothing,
             debias=config.debias,
             growth_limit=config.growth_limit,
-        ),
-        build_direction(config.optimizer),
+        )
     ]
+    if config.optimizer == "lanczos-sgd":
+        links.append(adabatch.scale_by_lanczos(**refreshes, seed=config.seed))
+        decay = optax.cosine_decay_schedule(1.0, total_examples)
+        share = decay if config.schedule == "cosine" else 1.0
+        return optax.chain(*links, adabatch.scale_by_example_schedule(share, flip_sign=False))
+    links.append(build_direction(config.optimizer))
     if config.scaling in rules:
         rule = rules[config.scaling]()
         links.append(adabatch.scale_by_batch_size(rule, base_batch_size=first))
+    if config.scaling == "random-matrix":
+        link = adabatch.scale_by_random_matrix(
+            base_batch_size=first,
+            adaptive=config.optimizer not in ("sgd", "momentum"),
+            dataset_size=total_examples // config.epochs,
+            seed=config.seed,
+            **refreshes,
+        )
+        links.append(link)
     if config.schedule == "autowu":  # a test per epoch, as in the paper
         epoch = total_examples // config.epochs
         link = adabatch.scale_by_autowu(total_examples=total_examples, examples_per_test=epoch)

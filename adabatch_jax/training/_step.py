@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import adabatch_jax as adabatch
@@ -31,6 +32,7 @@ def make_step(
     *,
     coordinate_wise: bool = False,
     inner_products: bool = False,
+    curvature: np.ndarray | None = None,
 ) -> Callable[..., tuple[PyTree, PyTree, dict[str, Any]]]:
     """Builds the step.
 
@@ -42,6 +44,7 @@ def make_step(
       optimizer: chain with one `adapt_batch_size` in it.
       coordinate_wise: measure what the coordinate-wise test needs.
       inner_products: measure what the inner-product tests need.
+      curvature: int [num_groups, group_size], the examples on which the curvature is measured.
 
     Returns:
       `step(params, opt_state, data, indices, sizes, count) -> (params, opt_state, report)` with
@@ -58,6 +61,17 @@ def make_step(
         real = jnp.arange(index.shape[0]) < size
         return jnp.sum(jnp.where(real, losses, 0.0)) / jnp.maximum(size, 1).astype(jnp.float32)
 
+    def curvature_arguments(rows: jax.Array, data: tuple[jax.Array, jax.Array]) -> dict[str, Any]:
+        """The loss on fixed examples: of a group, and the mean of all."""
+
+        def of_group(params: PyTree, group: jax.Array) -> jax.Array:
+            return jnp.mean(losses_and_logits(apply, params, data[0][group], data[1][group])[0])
+
+        def value_fn(params: PyTree) -> jax.Array:
+            return of_group(params, rows.reshape(-1))
+
+        return {"value_fn": value_fn, "loss_fn": of_group, "groups": rows}
+
     value_and_grad = adabatch.value_and_grad_noise(
         loss_fn, coordinate_wise=coordinate_wise, inner_products=inner_products
     )
@@ -72,8 +86,9 @@ def make_step(
     ) -> tuple[PyTree, PyTree, dict[str, Any]]:
         groups = {"index": indices, "size": sizes}
         value, noise = value_and_grad(params, groups, data, count=count, sizes=sizes)
+        more = {} if curvature is None else curvature_arguments(jnp.asarray(curvature), data)
         updates, new_state = optimizer.update(
-            noise.mean, opt_state, params, value=value, noise=noise
+            noise.mean, opt_state, params, value=value, noise=noise, **more
         )
         new_params = optax.apply_updates(params, updates)
         shown, before = adabatch.metrics(new_state), adabatch.metrics(opt_state)

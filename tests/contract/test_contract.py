@@ -70,10 +70,36 @@ def expected(row):
     return plain_run(row)
 
 
-@pytest.fixture
-def one_trace():
-    chex.clear_trace_counter()
-    return chex.assert_max_traces(n=1)
+class Placed(typing.NamedTuple):
+    """A run as on a pod: state and gradients on a mesh, the old state handed over to each step."""
+
+    history: list
+    traces: int
+    kept: bool  # nothing that was handed over was left
+    shardings: set
+
+
+@functools.cache
+def placed_run(row):
+    """One program for three promises: compiling is what these tests spend their time on."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    params = jax.device_put(params_of(), everywhere)
+    link, traces = row.make(), []
+
+    def traced(*given):
+        traces.append(1)
+        return as_step(link, params)(*given)
+
+    # keep_unused: a state that an update only overwrites would otherwise not be handed over at all.
+    step = jax.jit(traced, donate_argnums=0, keep_unused=True)
+    state, history, kept = jax.device_put(link.init(params), everywhere), [], False
+    for given in jax.device_put(row.steps(params, count=12), everywhere):
+        before, (state, updates) = state, step(state, *given)
+        kept |= not all(x.is_deleted() for x in jax.tree.leaves(before))
+        history.append(jax.tree.map(jnp.copy, (state, updates)))
+    shardings = {x.sharding for x in jax.tree.leaves(state)}
+    return Placed(history, len(traces), kept, shardings - {everywhere})
 
 
 def stack(trees):
@@ -106,10 +132,8 @@ def test_jit_changes_no_number(row, expected):
     assert_close(plain, expected[: row.by_hand])
 
 
-def test_one_trace_serves_every_step(row, one_trace):
-    link, params = row.make(), params_of()
-    step = jax.jit(one_trace(as_step(link, params)))
-    run(step, link.init(params), row.steps(params, count=12))
+def test_one_trace_serves_every_step(row):
+    assert placed_run(row).traces == 1
 
 
 def test_vmap_equals_a_loop(row, expected):
@@ -135,10 +159,11 @@ def test_in_a_chain(row, expected):
     assert_close([u for _, u in got], [jax.tree.map(lambda x: -2.0 * x, u) for _, u in expected])
 
 
-def test_under_inject_hyperparams(row, expected, one_trace):
+def test_under_inject_hyperparams(row, expected):
     link, params = row.inject(), params_of()
-    step = jax.jit(one_trace(as_step(link, params)))
+    step = jax.jit(as_step(link, params))
     got = run(step, link.init(params), row.steps(params))
+    assert step._cache_size() == 1
     assert_close([(state.inner_state, u) for state, u in got], expected)
 
 
@@ -195,27 +220,13 @@ def test_the_state_keeps_its_form(row, expected):
 
 
 def test_a_replicated_state_stays_replicated(row):
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    params = jax.device_put(params_of(), everywhere)
-    link = row.make()
-    first = jax.device_put(link.init(params), everywhere)
-    step = jax.jit(as_step(link, params))
-    for state, _ in run(step, first, jax.device_put(row.steps(params), everywhere)):
-        assert all(x.sharding == everywhere for x in jax.tree.leaves(state))
-    assert step._cache_size() == 1
+    assert not placed_run(row).shardings
 
 
 def test_the_state_can_be_donated(row, expected):
-    link, params = row.make(), params_of()
-    # keep_unused: a state that an update only overwrites would otherwise not be handed over at all.
-    step = jax.jit(as_step(link, params), donate_argnums=0, keep_unused=True)
-    for init in (link.init, jax.jit(link.init)):
-        state = init(params)
-        for given, (wanted, _) in zip(row.steps(params), expected, strict=True):
-            before, (state, _) = state, step(state, *given)
-            assert all(x.is_deleted() for x in jax.tree.leaves(before))
-            assert_close(state, wanted)
+    placed = placed_run(row)
+    assert not placed.kept
+    assert_close(placed.history[: len(expected)], expected)
 
 
 @pytest.mark.parametrize("params", [{}, 0.5], ids=["no parameters", "one number"])

@@ -150,3 +150,32 @@ def test_bad_counts_are_named(options, message):
 def test_no_parameters_are_an_error():
     with pytest.raises(ValueError, match="params must hold"):
         adabatch.lanczos_spectrum(lambda v: v, {}, KEY, num_steps=3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25])
+def test_a_given_start_is_used_whatever_its_length(scale):
+    """From a sum of two eigenvectors, two steps know both eigenvalues, and their weights."""
+    start = scale * jnp.array([3.0, 0.0, 4.0, 0.0])
+    multiply = lambda v: jnp.array([5.0, 9.0, -1.0, 7.0]) * v  # noqa: E731
+    found = adabatch.lanczos_spectrum(multiply, start, KEY, num_steps=2, start=start)
+    np.testing.assert_allclose(found.eigenvalues, [[-1.0, 5.0]], atol=1e-5)
+    np.testing.assert_allclose(found.weights, [[0.64, 0.36]], atol=1e-5)
+
+
+def test_a_start_allows_one_probe():
+    with pytest.raises(ValueError, match="num_probes must be 1 with start, got 2"):
+        adabatch.lanczos_spectrum(
+            lambda v: v, jnp.ones(3), KEY, num_steps=2, num_probes=2, start=jnp.ones(3)
+        )
+
+
+def test_the_basis_is_not_copied():
+    """Memory of a run is that of its vectors: copies of the basis would double or quadruple it."""
+
+    def temporary(steps):
+        run = lambda d, k: adabatch.lanczos_spectrum(lambda v: d * v, d, k, num_steps=steps)  # noqa: E731
+        program = jax.jit(run).lower(jnp.ones((256, 256)), KEY).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    one_vector = 4 * 256 * 256
+    assert temporary(40) - temporary(20) <= 1.1 * 20 * one_vector

@@ -121,6 +121,22 @@ def test_a_rise_is_taken_at_once_and_a_fall_is_smoothed():
     np.testing.assert_allclose(rates, [1 / 9, 1 / 36, 1 / 18], rtol=1e-4)
 
 
+def test_a_fall_that_may_be_an_echo_of_the_rate_does_not_raise_it():
+    """β = 0.9: the rate of L = 90 stays at L = 9, and at L = 1 is 2 (1 − β) / L and not 2 (1 + β) / L."""
+    optimizer = link(refresh_every=1, max_momentum=0.9)
+    shape = jnp.array([1.0, 0.4, -0.1])
+    _, states = follow(optimizer, [90 * shape, 9 * shape, shape])
+    rates = [float(s.lanczos_learning_rate) for s in states]
+    np.testing.assert_allclose(rates, [3.8 / 90, 3.8 / 90, 0.2], rtol=1e-4)
+
+
+def test_negative_curvature_leaves_no_least_one():
+    """Polyak's and Nesterov's momentum of (9, 4, 1) is below 0.6; a saddle gets all that is allowed."""
+    for variant in ("heavy_ball", "nesterov"):
+        _, states = follow(link(variant, max_momentum=0.8), [jnp.array([9.0, 4.0, -1.0])])
+        np.testing.assert_allclose(states[0].lanczos_momentum, 0.8, rtol=1e-6)
+
+
 def test_a_bad_measurement_changes_nothing_and_is_counted():
     for bad in (jnp.nan * CURVATURES, -CURVATURES, 0 * CURVATURES):
         _, states = follow(link(refresh_every=1), [CURVATURES, bad, CURVATURES])

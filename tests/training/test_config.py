@@ -4,8 +4,10 @@ import re
 import pytest
 
 from adabatch_jax.training import TrainConfig, build_criterion, build_optimizer
-from adabatch_jax.training._config import CRITERIA, OPTIMIZERS, SCALINGS, SCHEDULES
+from adabatch_jax.training._config import CRITERIA, DIRECTIONS, SCALINGS, SCHEDULES
 from adabatch_jax.training._optimizer import build_direction
+
+LANCZOS = {"optimizer": "lanczos-sgd"}
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,14 @@ from adabatch_jax.training._optimizer import build_direction
         ({"growth_limit": 1.0}, "--growth-limit must exceed 1"),
         ({"seed": -1}, "--seed"),
         ({"lag": -1}, "--lag"),
+        ({"refresh_every": 10}, "measure the curvature, leave out --refresh-every 10"),
+        ({"curvature_examples": 9}, "measure the curvature, leave out --curvature-examples 9"),
+        (LANCZOS | {"refresh_every": 0}, "--refresh-every must be a positive integer, got 0"),
+        (LANCZOS | {"curvature_examples": 0}, "--curvature-examples must be a positive integer"),
+        (LANCZOS | {"learning_rate": 0.1}, "lanczos-sgd finds the learning rate, leave out --lea"),
+        (LANCZOS | {"scaling": "linear"}, "leave out --scaling linear"),
+        (LANCZOS | {"schedule": "autowu"}, "leave out --schedule autowu"),
+        (LANCZOS | {"auto": True}, "leave out --auto"),
         ({"data_dir": "here"}, "--data-dir has no meaning for --dataset digits"),
     ],
 )
@@ -51,7 +61,7 @@ def test_the_output_folder_follows_the_data_set():
 
 def test_every_choice_builds():
     params = {"w": 1.0}
-    for name in OPTIMIZERS:
+    for name in DIRECTIONS:
         build_direction(name).init(params)
     for criterion in CRITERIA:
         built = build_criterion(TrainConfig(criterion=criterion))
@@ -60,8 +70,9 @@ def test_every_choice_builds():
         for schedule in SCHEDULES:
             config = TrainConfig(scaling=scaling, schedule=schedule)
             build_optimizer(config, total_examples=20_000).init(params)
-    for optimizer in OPTIMIZERS:
+    for optimizer in DIRECTIONS:
         build_optimizer(TrainConfig(optimizer=optimizer, auto=True), total_examples=20_000)
+    build_optimizer(TrainConfig(optimizer="lanczos-sgd"), total_examples=20_000).init(params)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +97,16 @@ def test_what_is_found_is_not_filled_in():
     automatic = TrainConfig(auto=True).resolved(1437)
     assert (automatic.learning_rate, automatic.schedule, automatic.scaling) == (None, None, None)
     assert (automatic.initial_batch_size, automatic.max_batch_size) == (16, 256)
+
+
+@pytest.mark.parametrize("options", [LANCZOS, {"scaling": "random-matrix"}])
+def test_how_the_curvature_is_measured_is_filled_in(options):
+    config = TrainConfig(**options, epochs=10).resolved(60_000)
+    assert (config.curvature_examples, config.refresh_every) == (256, 30_000)
+    assert config.resolved(60_000) == config
+    given = TrainConfig(**options, curvature_examples=100, refresh_every=7).resolved(60_000)
+    assert (given.curvature_examples, given.refresh_every) == (100, 7)
+    assert TrainConfig(**LANCZOS).resolved(60_000).learning_rate is None
 
 
 def test_every_option_is_documented_for_the_command():

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adabatch_jax import AutowuPhase, BatchSizeStatus, WarmupEnd
+from adabatch_jax import AutowuPhase, BatchSizeStatus, WarmupEnd, random_matrix_scaling
 from adabatch_jax.training import (
     TrainConfig,
     TrainingError,
+    _classifier,
     build_criterion,
     build_model,
     build_optimizer,
@@ -19,7 +20,6 @@ from adabatch_jax.training import (
     run_steps,
     train,
 )
-from adabatch_jax.training import _loop as loop
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +107,60 @@ def test_a_schedule_that_finds_its_rate_drives_a_run(digits, schedule):
     assert rows[-1]["phase"] == AutowuPhase.DECAY
 
 
-def test_the_folder_holds_metrics_summary_and_picture(finished):
+CURVATURE = {"model": "logistic", "epochs": 2, "max_batch_size": 64, "curvature_examples": 67}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_learner_drives_a_run(digits, tmp_path, schedule):
+    """Its rate is that of gradient descent on the curvature, times the schedule."""
+    config = TrainConfig(
+        **CURVATURE, optimizer="lanczos-sgd", schedule=schedule, refresh_every=600, out=tmp_path
+    )
+    result = train(config)
+    columns, found = result.columns, result.summary["curvature"]
+    assert result.summary["test_accuracy"] > 0.85
+    assert (
+        found["refreshes"] == columns["refreshes"][-1] == 5
+    )  # at 0, then after 600 to 664, four times
+    assert found["failed_refreshes"] == 0
+    rate, momentum, top = (columns[k] for k in ("learning_rate", "momentum", "curvature_largest"))
+    assert 0 < momentum[-1] == np.float32(found["momentum"]) <= 0.9
+    assert (rate > 0).all() and len(set(top)) == 5
+    assert rate[0] <= 2 * (1 + momentum[0]) / top[0]
+    if schedule == "cosine":
+        assert rate[-1] < 0.02 * rate[0]
+
+
+def test_a_scaling_that_is_measured_drives_a_run(digits, tmp_path):
+    """Every factor of the learning rate is the rule's, at the transition that the row shows."""
+    config = TrainConfig(
+        **CURVATURE,
+        optimizer="momentum",
+        scaling="random-matrix",
+        schedule="constant",
+        out=tmp_path,
+    )
+    result = train(config)
+    columns, found = result.columns, result.summary["curvature"]
+    assert found["refreshes"] == columns["refreshes"][-1] > 10
+    last = columns["transition_batch_size"][-1]
+    assert last == pytest.approx(found["transition_batch_size"], rel=1e-5)
+    assert columns["batch_size"][-1] == 64
+    for i, used in enumerate(np.diff(columns["examples"], prepend=0)):
+        transition = jnp.float32(columns["transition_batch_size"][i])
+        rule = random_matrix_scaling(transition, adaptive=False, dataset_size=1437)
+        factor = float(rule(float(used), 16.0))
+        assert columns["learning_rate"][i] == pytest.approx(0.02 * factor, rel=1e-4)
+
+
+def test_the_folder_holds_metrics_summary_picture_and_checkpoint(finished):
     result, out = finished
-    assert sorted(p.name for p in out.iterdir()) == ["metrics.csv", "run.png", "summary.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint",
+        "metrics.csv",
+        "run.png",
+        "summary.json",
+    ]
     summary = json.loads((out / "summary.json").read_text())
     assert summary == result.summary
     assert summary["config"]["epochs"] == 8
@@ -155,7 +206,7 @@ def test_a_lag_uses_the_size_decided_that_many_steps_before(digits):
 
 def test_a_run_that_diverges_stops_with_a_message(digits, monkeypatch):
     spoiled = digits._replace(train_inputs=np.full_like(digits.train_inputs, np.nan))
-    monkeypatch.setattr(loop, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
+    monkeypatch.setattr(_classifier, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
     rows = []
     with pytest.raises(TrainingError, match="10 steps in a row"):
         run_steps(TrainConfig(epochs=5), spoiled, rows.append)
@@ -166,7 +217,7 @@ def test_a_run_that_diverges_stops_with_a_message(digits, monkeypatch):
 def test_one_bad_example_costs_its_batch_and_nothing_else(digits, monkeypatch):
     inputs = digits.train_inputs.copy()
     inputs[5] = np.nan
-    monkeypatch.setattr(loop, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
+    monkeypatch.setattr(_classifier, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
     rows = []
     run_steps(TrainConfig(epochs=1), digits._replace(train_inputs=inputs), rows.append)
     (bad,) = [i for i, row in enumerate(rows) if row["skipped"]]
@@ -216,7 +267,7 @@ def test_a_step_back_is_made_whatever_the_loss_is(digits):
 
 def test_a_diverging_paper_s_schedule_names_the_improved_one(digits, monkeypatch):
     spoiled = digits._replace(train_inputs=np.full_like(digits.train_inputs, np.nan))
-    monkeypatch.setattr(loop, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
+    monkeypatch.setattr(_classifier, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
     with pytest.raises(TrainingError, match="Try --schedule autowu-improved"):
         run_steps(TrainConfig(schedule="autowu"), spoiled, [].append)
 

@@ -8,7 +8,7 @@ import pytest
 
 from adabatch_jax.training._models import build_model
 
-NAMES = ("logistic", "mlp", "cnn")
+NAMES = ("logistic", "mlp", "cnn", "resnet")
 SIDES = (8, 28)
 
 
@@ -24,6 +24,13 @@ def num_parameters(name, side):
         "cnn": [
             *[(3, 3, 1, 32), (32,), (3, 3, 32, 64), (64,)],
             *[((side // 4) ** 2 * 64, 128), (128,), (128, 10), (10,)],
+        ],
+        "resnet": [
+            *[(3, 3, 1, 8), (3, 3, 8, 8), (3, 3, 8, 8)],
+            *[(3, 3, 8, 16), (3, 3, 16, 16), (8, 16)],
+            *[(3, 3, 16, 32), (3, 3, 32, 32), (16, 32)],
+            *[(2, c) for c in (8, 8, 8, 16, 16, 32, 32)],
+            *[(32, 10), (10,)],
         ],
     }
     return sum(int(np.prod(shape)) for shape in shapes[name])
@@ -79,8 +86,8 @@ def test_every_parameter_learns(initialised):
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="'logistic', 'mlp', 'cnn', got 'resnet'"):
-        build_model("resnet", 10)
+    with pytest.raises(ValueError, match="'logistic', 'mlp', 'cnn', 'resnet', got 'transformer'"):
+        build_model("transformer", 10)
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         build_model("mlp", 0)
 

@@ -1,0 +1,50 @@
+"""A model and the data it sees: initial parameters, and a function from raw images to logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adabatch_jax.training._data import Dataset, to_float
+from adabatch_jax.training._models import build_model
+from adabatch_jax.training._step import Apply
+
+PyTree = Any
+
+
+class Classifier(NamedTuple):
+    """Initial parameters, and `apply(params, inputs float32 [B, H, W]) -> logits [B, classes]`."""
+
+    params: PyTree
+    apply: Apply
+
+
+def classifier(model_name: str, dataset: Dataset, seed: int) -> Classifier:
+    """Builds the model for a data set, with its normalisation inside.
+
+    Args:
+      model_name: as for `build_model`.
+      dataset: pixels are standardised by the mean and deviation of its training images.
+      seed: of the initial parameters.
+
+    Returns:
+      A `Classifier`; the same arguments give the same one, so a trained model can be rebuilt.
+    """
+    model = build_model(model_name, dataset.num_classes)
+    some = to_float(jnp.asarray(dataset.train_inputs[:1]))
+    params = model.init(jax.random.key(seed), some)["params"]
+    mean, deviation = _mean_and_deviation(dataset.train_inputs)
+
+    def apply(params: PyTree, inputs: jax.Array) -> jax.Array:
+        return jnp.asarray(model.apply({"params": params}, (inputs - mean) / deviation))
+
+    return Classifier(params, apply)
+
+
+def _mean_and_deviation(inputs: np.ndarray) -> tuple[float, float]:
+    """Over all pixels of the training data, on the scale of `to_float`."""
+    unit = 255.0 if inputs.dtype == np.uint8 else 1.0
+    return float(inputs.mean()) / unit, float(inputs.std()) / unit

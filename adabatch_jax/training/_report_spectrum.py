@@ -1,0 +1,189 @@
+"""The command `spectrum`: progress while it measures, a table, spectrum.json and spectrum.png."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+
+from adabatch_jax.training._loop import prepare_output
+from adabatch_jax.training._plot_spectrum import plot_spectrum
+from adabatch_jax.training._plot_style import short
+from adabatch_jax.training._report import write_json
+from adabatch_jax.training._spectrum import SpectrumResult, load_subject, measure_subject
+from adabatch_jax.training._spectrum_config import SpectrumConfig
+from adabatch_jax.training._spectrum_theory import MOMENTUM
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def report_spectrum(config: SpectrumConfig) -> SpectrumResult:
+    """Measures as configured, shows progress, and leaves spectrum.json and spectrum.png.
+
+    Args:
+      config: what to measure.
+
+    Returns:
+      What `measure_spectrum` returns.
+
+    Raises:
+      ValueError: the data, the run or its checkpoint cannot be used.
+      OSError: the output folder cannot be written, or the data are not to be found.
+    """
+    subject = load_subject(config)
+    out = prepare_output(config.output)  # shows that it can be written, before any time is spent
+    with _Progress() as progress, _between_steps() as check_interrupt:
+
+        def on_progress(what: str, share: float) -> None:
+            check_interrupt()
+            progress.update(what, share)
+
+        result = measure_subject(subject, on_progress)
+    write_json(out / "spectrum.json", result.summary)
+    trained = "fresh" if config.run is None else "trained"
+    title = f"{subject.source.dataset} · {subject.source.model} · {trained}"
+    plot_spectrum(result.summary, result.density, title=title, path=out / "spectrum.png")
+    return result
+
+
+def show_spectrum(summary: Mapping[str, Any], out: Path) -> None:
+    """Prints the numbers of a spectrum and where they lie."""
+    full, matrix = summary["full"], summary["matrix"]
+    hessian = matrix == "hessian"
+    origin = summary["checkpoint"] or f"fresh, seed {summary['config']['seed']}"
+    print(
+        f"{'Hessian' if hessian else 'Gauss-Newton matrix'} of {summary['model']} ({origin}), "
+        f"{summary['num_parameters']:,} parameters, on {summary['examples']:,} of "
+        f"{summary['training_examples']:,} training examples of {summary['dataset']}"
+    )
+    print(
+        f"λ₁ = {_short(full['largest'])}, λ_P = {_short(full['smallest'])} "
+        f"({'converged' if full['converged'] else 'not converged: more --steps'}), "
+        f"trace {_value(full['trace'], full['trace_standard_error'])}"
+    )
+    noise = summary["noise"]
+    if hessian:
+        ritz = summary["noise_from"] == "ritz"
+        bottom = f", {_short(summary['noise_smallest'])} at the lower end" if ritz else ""
+        print(f"noise ν² = {_short(noise)} ({summary['noise_from']} probe{bottom}), ", end="")
+    else:
+        sizes = ", ".join(map(str, summary["noise_from"]))
+        print(f"noise σ² = {_short(noise)} (fitted to batches of {sizes}), ", end="")
+    print(f"transition batch size b* = {_short(summary['transition_batch_size'])}")
+    rich.console.Console(highlight=False).print(_table(summary["batches"], hessian))
+    print(
+        "theory: from λ and the noise. rate <: beyond it SGD diverges. sharpness: along the gradient."
+    )
+    if not all(row["converged"] for row in summary["batches"]):
+        print("some batch spectra had not converged: more --steps")
+    print(f"{summary['seconds']:.1f} s; spectrum.json and spectrum.png are in {out}")
+
+
+def _table(rows: list[dict[str, Any]], hessian: bool) -> rich.table.Table:
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    ends = {"largest": "λ₁", "smallest": "λ_P"} if hessian else {"largest": "λ₁"}
+    columns = ["batch\nsize"]
+    for symbol in ends.values():
+        columns += [f"{symbol}\nmeasured", "\ntheory"]
+    columns += ["rate <\nSGD", f"\nβ={MOMENTUM}", "sharp-\nness"]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [f"{row['batch_size']:,}"]
+        for name in ends:
+            cells.append(_value(row[name], row[f"{name}_standard_error"]))
+            cells.append(_short(row[f"predicted_{name}"]))
+        cells += [_short(row[k]) for k in ("max_learning_rate", "max_learning_rate_momentum")]
+        cells.append(_short(row["batch_sharpness"]))
+        table.add_row(*cells)
+    return table
+
+
+def _value(value: float, error: float) -> str:
+    return _short(value) + (f" ± {_short(error, 2)}" if math.isfinite(error) else "")
+
+
+def _short(value: float, digits: int = 3) -> str:
+    """Three digits and all of those before the point, two of a small number."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else "∞"
+    size = abs(value)
+    if size >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    if size >= 1e-3 or not size:
+        return f"{value:#.{digits if size >= 0.01 or not size else 2}g}"
+    return short(float(f"{value:.2g}"))
+
+
+@contextlib.contextmanager
+def _between_steps() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits for the step that is being computed: the device must not be left in the middle.
+
+    Yields a function to call between steps, which raises KeyboardInterrupt if Ctrl-C was pressed. A second
+    Ctrl-C does not wait.
+    """
+    pressed = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check  # signals go to the main thread only
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Progress:
+    """A bar on a terminal, now and then a line anywhere else."""
+
+    def __init__(self) -> None:
+        self._bar: rich.progress.Progress | None = None
+        self._next_line = 0.0
+        if sys.stdout.isatty():
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.percentage:>3.0f} %"),
+                rich.progress.BarColumn(bar_width=None),
+                rich.progress.TextColumn("{task.description}", style="dim"),
+                rich.progress.TimeRemainingColumn(),
+                transient=True,
+                expand=True,
+            )
+            self._task = self._bar.add_task("compiling", total=1.0)
+
+    def update(self, what: str, share: float) -> None:
+        """Says what is being done now."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=what, completed=share)
+        elif time.monotonic() >= self._next_line:
+            print(f"{100 * share:3.0f} %  {what}", flush=True)
+            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    def __enter__(self) -> _Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
