@@ -93,7 +93,9 @@ def _show(result: Any) -> None:
         if "momentum" in c:
             found += f", momentum {c['momentum']:.3g}"
         if "transition_batch_size" in c:
-            found += f", noise dominates it below a batch size of {c['transition_batch_size']:.0f}"
+            found += (
+                f", noise bounds the rate below a batch size of {c['transition_batch_size']:.0f}"
+            )
         failed = f", {c['failed_refreshes']} more failed" if c["failed_refreshes"] else ""
         print(f"{found} ({c['refreshes']} measurements{failed})")
     if s["skipped_steps"]:

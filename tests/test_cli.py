@@ -82,7 +82,7 @@ def test_a_rate_that_was_found_is_told(tmp_path, capsys):
         ),
         (
             ["--optimizer", "sgd", "--scaling", "random-matrix"],
-            r"largest curvature \S+, noise dominates it below a batch size of \d+ \(\d+ meas",
+            r"largest curvature \S+, noise bounds the rate below a batch size of \d+ \(\d+ meas",
         ),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adabatch_jax import _validate
 from adabatch_jax.curvature._effective_batch_size import (
     float32_arrays,
     inverse_effective_batch_size,
@@ -114,27 +115,37 @@ def full_hessian_extremes(
     return HessianExtremes(top, -bottom, _overlap(top, level), _overlap(bottom, level))
 
 
-def transition_batch_size(largest: Any, noise: Any) -> jax.Array:
-    """b* = ν²/λ₁²: below it a batch's largest eigenvalue is mostly noise, above it mostly curvature.
+def transition_batch_size(largest: Any, noise: Any, *, momentum: Any = 0.0) -> jax.Array:
+    """b* = m ν²/λ₁²: below it a batch's largest eigenvalue is mostly noise, above it mostly curvature.
 
     Up to b* a larger batch allows a learning rate larger in proportion; far above it nothing is gained.
+    With momentum the transition of the learning rate comes later, by m = (1 + β)/(1 − β), which is 19 for
+    β = 0.9: momentum adds up the noise of many batches (`max_stable_learning_rate`). That of the
+    eigenvalue is the one with m = 1.
 
     Args:
       largest: λ₁ of the full Hessian, or λ_P for the transition of the smallest; only its square counts.
       noise: ν² of one example; a negative estimate counts as 0.
+      momentum: β in [0, 1) of the optimizer, for Adam its b1.
 
     Returns:
       b*, effective examples, float32, in the shape to which the arguments broadcast: 0 without noise,
       else inf for λ₁ = 0. NaN where an argument is.
 
+    Raises:
+      ValueError: a `momentum` outside [0, 1), given as a number.
+
     Example:
       >>> float(transition_batch_size(10.0, 6400.0))
       64.0
+      >>> float(transition_batch_size(10.0, 6400.0, momentum=0.5))
+      192.0
 
-    Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092.
+    Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092; m is ours.
     """
-    value, level = float32_arrays(largest, noise)
-    level = jnp.maximum(level, 0.0)
+    _validate.between("transition_batch_size", 0.0, 1.0, momentum=momentum)
+    value, level, beta = float32_arrays(largest, noise, momentum)
+    level = jnp.maximum(level, 0.0) * (1.0 + beta) / (1.0 - beta)
     flat = value == 0
     safe = jnp.where(flat, 1.0, value)
     return jnp.where(flat & (level > 0), jnp.inf, level / safe / safe)

@@ -37,11 +37,15 @@ def max_stable_learning_rate(
     * with `adaptive` these, divided by 1 − β: Adam keeps an average (1 − β) Σ βᵏ g of the gradients g, not
       their sum. β is its b1, and λ the largest eigenvalue of D⁻¹H, where Adam divides by D = √v̂ + ε.
 
-    Without noise, λ = λ₁. Given `noise` and `batch_size`, λ = λ₁ + ν²/(𝔟 λ₁) for every batch size: the
-    bound grows in proportion to 𝔟 ≪ b* = ν²/λ₁² and saturates at that of λ₁. For gradient descent it is
-    where the mean square E‖(I − αH_b) z‖² along the top eigenvector z stops shrinking. It says nothing
-    of noise scattered into flat directions. `piecewise` takes instead the largest eigenvalue of a
-    batch's Hessian, `batch_hessian_extremes`: the same above b*, larger rates below it.
+    That is without noise, λ = λ₁. Given `noise` and `batch_size`, λ becomes λ + m ν²/(𝔟 λ) in the first
+    two, (1 + 2β) λ becomes (1 + 2β) λ + m ν²/(𝔟 λ) in the third, with m = (1 + β)/(1 − β): the bound grows
+    in proportion to 𝔟 ≪ m b*, where b* = ν²/λ₁², and saturates at that of λ₁. There the mean square of
+    the parameter along the top eigenvector stops shrinking, if every batch's curvature is drawn anew:
+    exactly so for gradient descent, where it is E‖(I − αH_b) z‖² = 1, and for heavy ball; for Nesterov in
+    both limits, and somewhat below it between them. Momentum thus allows larger rates in large batches
+    only: 𝔟 ≪ b* leaves 2 (1 − β) 𝔟 λ/ν². It says nothing of noise scattered into flat directions.
+    `piecewise` takes instead the largest eigenvalue of a batch's Hessian, `batch_hessian_extremes`, as if
+    every batch were the same one: larger rates in small batches, and no m.
 
     Real losses are not quadratic and λ₁ is measured: stay below by a factor. In its first 1/(1 − β) steps
     Adam's bias correction makes the steps larger, up to those without momentum. Under an adaptive method D
@@ -60,8 +64,8 @@ def max_stable_learning_rate(
 
     Returns:
       The learning rate, float32, in the shape to which the arguments broadcast. A λ₁ ≤ 0 bounds
-      nothing: then only the noise does, by λ = 2ν/√𝔟 as in the piecewise form, and without noise the
-      rate is inf. NaN where an argument is.
+      nothing: then only the noise does, as at the λ > 0 that it bounds least (piecewise: at λ = 2ν/√𝔟),
+      and without noise the rate is inf. NaN where an argument is.
 
     Raises:
       ValueError: a `momentum` outside [0, 1) or a `dataset_size` that is not positive, given as a
@@ -75,7 +79,7 @@ def max_stable_learning_rate(
       [0.0031, 0.1, 0.198]
 
     Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092, abstract; the bounds with momentum are the
-    stability of a linear recursion, the mean-square form is ours.
+    stability of a linear recursion, the mean-square form, with m, is ours.
     """
     _validate.between("max_stable_learning_rate", 0.0, 1.0, momentum=momentum)
     if (noise is None) != (batch_size is None):
@@ -87,16 +91,18 @@ def max_stable_learning_rate(
         inverse = inverse_effective_batch_size(batch_size, dataset_size)
         value, beta, level, inverse = float32_arrays(largest, momentum, noise, inverse)
         level = jnp.maximum(level, 0.0) * inverse
-    sharpness = noisy_outlier(value, level) if piecewise else _mean_square(value, level)
-    room = 2.0 * (1.0 + beta)
-    if nesterov:
-        room = room / (1.0 + 2.0 * beta)
+    room, shorter = 2.0 * (1.0 + beta), 1.0 + 2.0 * beta if nesterov else jnp.ones_like(beta)
     if adaptive:
         room = room / (1.0 - beta)
+    if piecewise:
+        sharpness = shorter * noisy_outlier(value, level)
+    else:
+        sharpness = _mean_square(value, level * (1.0 + beta) / (1.0 - beta), shorter)
     flat = sharpness == 0
     return jnp.where(flat, jnp.inf, room / jnp.where(flat, 1.0, sharpness))
 
 
-def _mean_square(value: jax.Array, level: jax.Array) -> jax.Array:
+def _mean_square(value: jax.Array, level: jax.Array, factor: jax.Array) -> jax.Array:
     curved = ~(value <= 0)  # a NaN stays one
-    return jnp.where(curved, value + level / jnp.where(curved, value, 1.0), 2.0 * root(level))
+    safe = jnp.where(curved, value, 1.0)
+    return jnp.where(curved, factor * value + level / safe, 2.0 * root(factor * level))

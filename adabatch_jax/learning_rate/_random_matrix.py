@@ -24,6 +24,7 @@ class ScaleByRandomMatrixState(NamedTuple):
     """State of `scale_by_random_matrix`."""
 
     measured_scale: jax.Array  # float32: the factor last applied
+    measured_transition: jax.Array  # b*; 0 at first
     measured_largest: (
         jax.Array
     )  # λ₁ of the Hessian on all data, averaged over refreshes; 0 at first
@@ -36,10 +37,9 @@ class ScaleByRandomMatrixState(NamedTuple):
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""
         known = self.transition_refreshes > 0
-        found = transition_batch_size(self.measured_largest, self.measured_noise)
         return {
             "learning_rate_scale": self.measured_scale,
-            "transition_batch_size": jnp.where(known, found, jnp.nan),
+            "transition_batch_size": jnp.where(known, self.measured_transition, jnp.nan),
             "curvature_largest": jnp.where(known, self.measured_largest, jnp.nan),
             "hessian_noise": jnp.where(known, self.measured_noise, jnp.nan),
             "refreshes": self.transition_refreshes,
@@ -52,6 +52,7 @@ def scale_by_random_matrix(
     base_batch_size: Any,
     adaptive: bool,
     refresh_every: int,
+    momentum: Any = 0.0,
     refresh_unit: str = "step",
     num_steps: int = 20,
     smoothing: Any = 0.5,
@@ -64,10 +65,10 @@ def scale_by_random_matrix(
     Every `refresh_every` steps, a Lanczos run on the Hessian over all of `groups` gives λ₁ and its Ritz
     vector z, and the products of single groups with z give ν² = E ‖(H_i − H) z‖², as `hessian_noise`
     does. λ₁ is brought from the examples in `groups` to all data by `full_hessian_extremes`; both are
-    averaged over refreshes. Updates are multiplied by r = (1 + b*/𝔟₀) / (1 + b*/𝔟), or √r, with
-    b* = ν²/λ₁². A refresh whose numbers are not finite, or whose λ₁ is not positive, is counted and
-    changes nothing. Until the first usable one the factor is min(1, b/b₀), or its root, and every step
-    tries again.
+    averaged over refreshes. Updates are multiplied by r = (1 + b*/𝔟₀) / (1 + b*/𝔟), or √r, with the
+    `transition_batch_size` b* of λ₁, ν² and the momentum. A refresh whose numbers are not finite, or whose
+    λ₁ is not positive, is counted and changes nothing. Until the first usable one the factor is
+    min(1, b/b₀), or its root, and every step tries again.
 
     `update` needs `params`, and reads `noise=` or `batch_size=` for b, `loss_fn=`, (params, group) →
     mean loss, and `groups=`, leaves [num_groups ≥ 2, group_size, …]: the two things that
@@ -81,6 +82,7 @@ def scale_by_random_matrix(
       adaptive: √r, for Adam and the like, instead of r; static.
       refresh_every: steps or examples between two refreshes, ≥ 1; static. One costs about
         2 × `num_steps` gradients of the examples in `groups`.
+      momentum: β in [0, 1) of the direction before, for Adam its b1. It moves b*, by 19 for 0.9.
       refresh_unit: "step" or "example"; static.
       num_steps: Lanczos steps; static.
       smoothing: weight of the past at a refresh, in [0, 1).
@@ -91,8 +93,8 @@ def scale_by_random_matrix(
     Returns:
       A `GradientTransformationExtraArgs` for a chain, after the direction. `adabatch.metrics` shows
       `transition_batch_size`, `curvature_largest`, `hessian_noise`, `refreshes`, `failed_refreshes`.
-      Under `optax.inject_hyperparams` all but base_batch_size, smoothing and dataset_size are
-      static_args.
+      Under `optax.inject_hyperparams` all but base_batch_size, momentum, smoothing and dataset_size
+      are static_args.
 
     Raises:
       ValueError: an argument out of range; at trace time, `params`, `loss_fn=`, `groups=` or the batch
@@ -115,14 +117,14 @@ def scale_by_random_matrix(
     _validate.positive(where, base_batch_size=base_batch_size)
     refresh = Refresh.checked(where, refresh_every, refresh_unit)
     _validate.positive_int(where, num_steps=num_steps)
-    _validate.between(where, 0.0, 1.0, smoothing=smoothing)
+    _validate.between(where, 0.0, 1.0, momentum=momentum, smoothing=smoothing)
     if dataset_size is not None:
         _validate.positive(where, dataset_size=dataset_size)
     axes, default_base = axis_tuple(axis_name), base_batch_size
 
     def init(params: PyTree) -> ScaleByRandomMatrixState:
         del params
-        fields = [jnp.ones((), jnp.float32), *(jnp.zeros((), jnp.float32) for _ in range(2))]
+        fields = [jnp.ones((), jnp.float32), *(jnp.zeros((), jnp.float32) for _ in range(3))]
         fields += [jnp.zeros((), jnp.int32) for _ in range(2)]
         fields += [refresh.start(), jax.random.key_data(jax.random.key(seed))]
         return ScaleByRandomMatrixState(*fields)
@@ -179,7 +181,9 @@ def scale_by_random_matrix(
             state = jax.lax.cond(
                 due, lambda s: refreshed(s, params, loss_fn, groups), lambda s: s, state
             )
-        transition = transition_batch_size(state.measured_largest, state.measured_noise)
+        transition = transition_batch_size(
+            state.measured_largest, state.measured_noise, momentum=momentum
+        )
         rule = random_matrix_scaling(transition, adaptive=adaptive, dataset_size=dataset_size)
         cautious = jnp.minimum(size / base, 1.0)
         cautious = jnp.sqrt(cautious) if adaptive else cautious
@@ -187,6 +191,7 @@ def scale_by_random_matrix(
         scaled = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
         return scaled, state._replace(
             measured_scale=factor,
+            measured_transition=transition,
             since_transition=refresh.advance(state.since_transition, due, size),
         )
 

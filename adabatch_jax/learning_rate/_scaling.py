@@ -57,11 +57,12 @@ def random_matrix_scaling(
     Factor r = (1 + b*/𝔟₀) / (1 + b*/𝔟), or √r for adaptive methods. 1/𝔟 is (N − b)/(b N) with a data set
     of N examples, else 1/b. While noise dominates, 𝔟 ≪ b*, this is `linear_scaling` (`sqrt_scaling`);
     once both are saturated, 𝔟 ≫ b*, it is 1. For SGD, with or without momentum, it is the ratio of the
-    `max_stable_learning_rate` of the two batch sizes. Near the whole data set 𝔟 grows beyond all
-    bounds, and r with it, up to 1 + b*/𝔟₀.
+    `max_stable_learning_rate` of the two batch sizes, if b* is the transition with that momentum. Near
+    the whole data set 𝔟 grows beyond all bounds, and r with it, up to 1 + b*/𝔟₀.
 
     Args:
-      transition_batch_size: b* = ν²/λ₁² ≥ 0, from `adabatch.transition_batch_size`; may be traced.
+      transition_batch_size: b* ≥ 0, from `adabatch.transition_batch_size`, which takes the momentum of
+        the optimizer; may be traced.
         As an array it may be anything: infinite is r = b/b₀, whatever the data set; NaN, b* not being
         known, is the cautious r = min(1, b/b₀); negative counts as 0.
       adaptive: √r, for Adam and the like, instead of r; static.

@@ -10,6 +10,8 @@ import optax
 import adabatch_jax as adabatch
 from adabatch_jax.training._config import TrainConfig
 
+WITHOUT_MOMENTUM = ("adadagrad", "adadagrad-norm", "sgd")
+
 
 def build_criterion(config: TrainConfig) -> adabatch.Criterion | None:
     """The criterion that the configuration names; None for a constant batch."""
@@ -103,6 +105,7 @@ def build_optimizer(
         link = adabatch.scale_by_random_matrix(
             base_batch_size=first,
             adaptive=config.optimizer not in ("sgd", "momentum"),
+            momentum=0.0 if config.optimizer in WITHOUT_MOMENTUM else 0.9,
             dataset_size=total_examples // config.epochs,
             seed=config.seed,
             **refreshes,

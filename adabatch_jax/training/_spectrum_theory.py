@@ -77,20 +77,15 @@ def learning_rates(
 ) -> npt.NDArray[np.floating]:
     """The largest stable rates of SGD for batches of all the training data, [n].
 
-    From the Hessian by the mean square along its top direction, from the Gauss-Newton matrix by λ₁′.
+    By the mean square along the top direction; with the Gauss-Newton matrix λ₁′ − λ₁ stands for ν²/(𝔟 λ₁).
     """
     total = summary["training_examples"]
-    if summary["matrix"] == "hessian":
-        rates = adabatch.max_stable_learning_rate(
-            summary["full"]["largest"],
-            momentum=momentum,
-            noise=summary["noise"],
-            batch_size=batch_sizes,
-            dataset_size=total,
-        )
-    else:
+    largest = summary["full"]["largest"]
+    level: dict[str, Any] = dict(noise=summary["noise"], batch_size=batch_sizes, dataset_size=total)
+    if summary["matrix"] != "hessian":
         extremes = _batch_extremes(summary, batch_sizes, total)[0]
-        rates = adabatch.max_stable_learning_rate(extremes, momentum=momentum)
+        level = dict(noise=(extremes - largest) * largest, batch_size=1)
+    rates = adabatch.max_stable_learning_rate(largest, momentum=momentum, **level)
     return np.asarray(rates)
 
 

@@ -248,7 +248,7 @@ TABLE = [
         adabatch.scale_by_random_matrix,
         (),
         {"base_batch_size": 16, "adaptive": True, "refresh_every": 2, "num_steps": 3},
-        ("base_batch_size", "smoothing", "dataset_size"),
+        ("base_batch_size", "momentum", "smoothing", "dataset_size"),
         curved_groups,
     ),
     Row(
@@ -256,8 +256,8 @@ TABLE = [
         adabatch.scale_by_random_matrix,
         (),
         {"base_batch_size": 16, "adaptive": False, "refresh_every": 40, "num_steps": 3}
-        | {"refresh_unit": "example", "dataset_size": 1000},
-        ("base_batch_size", "smoothing", "dataset_size"),
+        | {"refresh_unit": "example", "dataset_size": 1000, "momentum": 0.9},
+        ("base_batch_size", "momentum", "smoothing", "dataset_size"),
         curved_groups,
     ),
     Row(

@@ -66,13 +66,15 @@ def step_of(link, **always):
 def test_the_factor_is_the_rule_at_the_measured_transition(
     groups, by_numpy, matrices, adaptive, dataset_size
 ):
-    link = adabatch.scale_by_random_matrix(adaptive=adaptive, dataset_size=dataset_size, **EVERY)
+    link = adabatch.scale_by_random_matrix(
+        adaptive=adaptive, dataset_size=dataset_size, momentum=0.5, **EVERY
+    )
     step, state = step_of(link), link.init(jnp.ones(DIM))
     values = np.linalg.eigvalsh(matrices.mean(0))
     full = adabatch.full_hessian_extremes(
         values[-1], values[0], by_numpy[1], EXAMPLES, dataset_size
     )
-    transition = adabatch.transition_batch_size(full.largest, by_numpy[1])
+    transition = adabatch.transition_batch_size(full.largest, by_numpy[1], momentum=0.5)
     rule = adabatch.random_matrix_scaling(transition, adaptive=adaptive, dataset_size=dataset_size)
     for size in (8, 32, 128, 2048):
         updates, state = step(state, groups, size)
@@ -174,6 +176,7 @@ def test_what_is_missing_is_named(groups):
         ({"refresh_unit": "epoch"}, "refresh_unit"),
         ({"num_steps": 0}, "num_steps"),
         ({"smoothing": 1.0}, "smoothing"),
+        ({"momentum": 1.0}, "momentum"),
         ({"dataset_size": -1}, "dataset_size"),
     ],
 )

@@ -116,7 +116,7 @@ def test_the_random_matrix_rule_by_definition(batch, base, transition, total):
 @given(batch=st.integers(1, 10**4), base=st.integers(1, 10**4), noise=st.floats(0.0, 1e6))
 def test_the_random_matrix_rule_is_the_ratio_of_the_stable_rates(batch, base, noise):
     rule = random_matrix_scaling(
-        transition_batch_size(10.0, noise), adaptive=False, dataset_size=10**4
+        transition_batch_size(10.0, noise, momentum=0.9), adaptive=False, dataset_size=10**4
     )
     rates = [
         max_stable_learning_rate(
