@@ -31,7 +31,9 @@ def hessian_noise(
     """ν², the noise of one example's Hessian, from groups of examples.
 
     ν² = E ‖(H_i − H) z‖² for a unit vector z and the Hessian H_i of one example: the Bessel-corrected
-    variance of H_g z between groups, times the size of a group. `batch_hessian_extremes` takes it.
+    variance of H_g z between groups, times the size of a group. `batch_hessian_extremes` takes it. It is
+    the noise at the largest eigenvalue. That at λ_P may be a hundred times less: for it, give the loss with
+    its sign turned around.
 
     Args:
       loss_fn: (params, group) → scalar, the mean loss of the group.

@@ -77,7 +77,7 @@ def scale_by_lanczos(
 
     Every `refresh_every` steps, a Lanczos run on the Hessian of `value_fn=` gives Ritz values θ with
     weights. L = max |θ|; without the one that holds more than half of the weight and is below L/10 (the
-    many eigenvalues at zero), μ = min |θ|, and μ = 0 if there is negative curvature, as in every network.
+    many eigenvalues at zero), μ = min |θ|, and μ = 0 if there is negative curvature, as networks have.
     Then
 
     * gradient_descent: α = 2 / (L + median |θ|), no momentum;
@@ -87,12 +87,11 @@ def scale_by_lanczos(
 
     β is at most `max_momentum`, α at most `safety` times `max_stable_learning_rate` for that β. The trace
     is t ← β t + g as in `optax.trace`, the update −α t (Nesterov: −α (β t + g)). A rise of L is taken at
-    once, since a rate above the bound diverges. A fall is mostly an echo: training on mini-batches brings
-    the curvature down to about 2 (1 − β) / α, whatever α is. So a fall raises α no further than
-    2 (1 − β) / L, and for the rest is averaged over refreshes, geometrically, as μ and the median are: the
-    rate is never far above the one that the first refresh finds. A refresh whose curvature is not finite,
-    or whose λ₁ is not positive, is counted and changes nothing. Until the first usable one the learning
-    rate is 0 and every step tries again.
+    once, since a rate above the bound diverges. A fall may be an echo: training on mini-batches tends to
+    bring the curvature down towards 2 (1 − β) / α. So a fall raises α no further than 2 (1 − β) / L, and
+    for the rest is averaged over refreshes, geometrically, as μ and the median are. A refresh whose
+    curvature is not finite, or whose λ₁ is not positive, is counted and changes nothing. Until the first
+    usable one the learning rate is 0 and every step tries again.
 
     `update` needs `params` and reads `value_fn=`, params → scalar loss on a curvature batch (32 to 1024
     examples), as Optax's line searches do. In a jitted step it may close over the batch, or be a
@@ -108,7 +107,7 @@ def scale_by_lanczos(
       smoothing: weight of the past at a refresh, in [0, 1).
       hessian_noise: ν² of one example, as `adabatch.hessian_noise` measures it. Then the bound is that of
         a batch of the size behind the present gradient: L is brought from the curvature batch to all
-        data, and from there to L + ν²/(b L). None: L as it is measured.
+        data, and the noise counts as in `max_stable_learning_rate`. None: L as it is measured.
       curvature_batch_size: examples behind `value_fn`, with `hessian_noise`.
       axis_name: device axes over which `value_fn` is averaged.
       seed: of the start vectors; static.

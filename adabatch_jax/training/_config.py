@@ -85,7 +85,7 @@ class TrainConfig:
     lag: int = 0
     """Steps by which the loop runs ahead of the batch size it reads (hides the latency of accelerators)."""
     out: Path | None = None
-    """Folder for metrics.csv, summary.json and run.png (default: runs/DATASET)."""
+    """Folder for metrics.csv, summary.json, run.png and checkpoint (default: runs/DATASET)."""
     data_dir: Path | None = None
     """Folder that holds the IDX files of mnist or fashion-mnist."""
 
