@@ -54,7 +54,7 @@ def scale_by_random_matrix(
     refresh_every: int,
     momentum: Any = 0.0,
     refresh_unit: str = "step",
-    num_steps: int = 20,
+    num_steps: int = 10,
     smoothing: Any = 0.5,
     dataset_size: Any = None,
     axis_name: AxisName = None,
@@ -81,7 +81,7 @@ def scale_by_random_matrix(
         overrides it.
       adaptive: √r, for Adam and the like, instead of r; static.
       refresh_every: steps or examples between two refreshes, ≥ 1; static. One costs about
-        2 × `num_steps` gradients of the examples in `groups`.
+        1.5 × `num_steps` gradients of the examples in `groups`.
       momentum: β in [0, 1) of the direction before, for Adam its b1. It moves b*, by 19 for 0.9.
       refresh_unit: "step" or "example"; static.
       num_steps: Lanczos steps; static.

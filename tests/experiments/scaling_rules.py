@@ -8,8 +8,11 @@ test accuracy, optimizer steps, the largest batch size and factor, and for rando
 transition batch size that it measured. Every run is kept in runs/scaling-rules/runs.json: an
 interrupted command goes on where it stopped. The table is printed and saved as table.md.
 
-Expected: without a rule the batch grows at the price of accuracy; linear is right for momentum,
-the square root for Adam, and random-matrix lies between the rule of its kind and none.
+Expected: the larger the factor, the smaller the batch that the test asks for, the more steps, and the
+better the accuracy, on one curve for all rules: momentum 0.846 in 205 steps with none, 0.868 in 312 with
+random-matrix (b* about 300), 0.875 in 384 with sqrt, 0.885 in 547 with linear; Adam 0.856, 0.870 (b* about
+200), 0.881, 0.888 in 267, 375, 474, 597. Nothing diverges under linear: at these rates the largest stable
+one is not reached, and the rule that keeps its share of it gives accuracy away.
 """
 
 from __future__ import annotations

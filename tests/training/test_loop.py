@@ -138,6 +138,7 @@ def test_a_scaling_that_is_measured_drives_a_run(digits, tmp_path):
         optimizer="momentum",
         scaling="random-matrix",
         schedule="constant",
+        refresh_every=143,
         out=tmp_path,
     )
     result = train(config)
