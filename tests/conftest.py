@@ -8,6 +8,9 @@ import hypothesis
 import jax
 import pytest
 
+# Scripts, whose doctests nobody should look for; test_scripts.py starts them.
+collect_ignore = ["experiments", "benchmarks"]
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile(
