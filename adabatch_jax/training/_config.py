@@ -77,8 +77,8 @@ class TrainConfig:
     curvature_examples: int | None = None
     """Examples on which lanczos-sgd and random-matrix measure the curvature (256)."""
     refresh_every: int | None = None
-    """Examples between two such measurements (300 for each of those examples, so that measuring costs
-    about 5 % of the run; at most a quarter of the run)."""
+    """Examples between two such measurements (400 for each of those examples, so that measuring costs
+    about 5 % of the run; at most a third of the run)."""
     epochs: int = 20
     """Passes over the training data; steps change size, this budget does not."""
     seed: int = 0
@@ -211,7 +211,7 @@ class TrainConfig:
         if self.measures_curvature:
             measured = min(self.curvature_examples or 256, num_examples)
             values["curvature_examples"] = measured
-            values["refresh_every"] = max(min(300 * measured, self.epochs * num_examples // 4), 1)
+            values["refresh_every"] = max(min(400 * measured, self.epochs * num_examples // 3), 1)
         left_out = {k: v for k, v in values.items() if getattr(self, k) in (None, False)}
         return dataclasses.replace(self, **left_out)
 

@@ -13,7 +13,7 @@ Expected: heavy ball within 0.2 points of the hand-tuned rate on the MLP, and 0.
 (20,000 examples × 2 epochs) and the residual network (10,000 × 2), constant and cosine. Nesterov within 0.1
 on the MLP, 1.8 below on the CNN and 1.2 above on the residual network with a constant rate, and 1 to 3
 points below under cosine decay; gradient descent, which has no momentum, 3 to 18 points below. No run
-diverges. A refresh costs 23 to 32 steps: 6 % of the MLP's run, 13 and 25 % of the others', which are short.
+diverges. A refresh costs 23 to 38 steps: 8 % of the MLP's run, 13 and 25 % of the others', which are short.
 """
 
 from __future__ import annotations

@@ -20,14 +20,15 @@ the curvature). θ₀ is the point after 928 steps of SGD at rate 0.02 and batch
 
 Expected, in octaves of measured / predicted: the frozen limit of SGD is the formula's from batch 256 up
 (within 0.1), and 0.3 to 0.9 above it below: the formula bounds the mean square, which rare runs
-dominate. With momentum and under Adam it is 0.2 to 1.2 above at every batch size, and the exponents are
-those of the abstract: 0.9 to 1.1 with momentum, 0.4 to 0.6 under Adam. Without the factor
-m = (1 + β)/(1 − β), by which momentum remembers the noise, the formula would be three octaves too high at
-batches 1 and 4. The local limit is one octave below the formula in the smallest batches, where the noise
-of the gradient raises the loss by itself, and for SGD nearly two above in the largest, since λ₁ falls to a
-third on the way. λ₁ at the end of the run explains that of SGD, not that with momentum. The global limit is
-2 to 4.4 octaves above. The smallest ε goes as B to −1.1 at a fixed rate and to −0.5 at a rate ∝ √B, and as
-the rate to 1.2; where Adam's rate is stable by itself there is none.
+dominate. With momentum and under Adam it is 0.2 to 1.2 above at every batch size, and the exponents below
+b*·m are those of the abstract: 0.9 to 1.1 with momentum, 0.4 to 0.6 under Adam; above, 0. Without the
+factor m = (1 + β)/(1 − β), by which momentum remembers the noise, the formula would be three octaves too
+high at batches 1 and 4. The local limit is one octave below the formula in the smallest batches, where the
+noise of the gradient raises the loss by itself, and for SGD nearly two above at 1024, since λ₁ falls to a
+third on the way; λ₁ at the end of the run explains that of SGD, not that with momentum. Adam's at 4096 is
+1.7 octaves below. The global limit is 2 to 4.4 octaves above. The smallest ε goes as B to −1.1 at a fixed
+rate and to −0.5 at a rate ∝ √B, below b*·m, and as the rate to 1.2; where Adam's rate is stable by itself
+there is none.
 
 Every result is kept in runs.json: an interrupted command goes on where it stopped. The tables are
 saved as table.md, the figure as figure.png.

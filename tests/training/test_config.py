@@ -102,9 +102,9 @@ def test_what_is_found_is_not_filled_in():
 @pytest.mark.parametrize("options", [LANCZOS, {"scaling": "random-matrix"}])
 def test_how_the_curvature_is_measured_is_filled_in(options):
     config = TrainConfig(**options, epochs=10).resolved(60_000)
-    assert (config.curvature_examples, config.refresh_every) == (256, 76_800)
+    assert (config.curvature_examples, config.refresh_every) == (256, 102_400)
     short = TrainConfig(**options, epochs=4).resolved(200)
-    assert (short.curvature_examples, short.refresh_every) == (200, 200)
+    assert (short.curvature_examples, short.refresh_every) == (200, 266)
     assert config.resolved(60_000) == config
     given = TrainConfig(**options, curvature_examples=100, refresh_every=7).resolved(60_000)
     assert (given.curvature_examples, given.refresh_every) == (100, 7)
