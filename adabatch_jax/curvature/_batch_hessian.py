@@ -145,10 +145,15 @@ def transition_batch_size(largest: Any, noise: Any, *, momentum: Any = 0.0) -> j
     """
     _validate.between("transition_batch_size", 0.0, 1.0, momentum=momentum)
     value, level, beta = float32_arrays(largest, noise, momentum)
-    level = jnp.maximum(level, 0.0) * (1.0 + beta) / (1.0 - beta)
+    level = jnp.maximum(level, 0.0) * noise_with_momentum(beta)
     flat = value == 0
     safe = jnp.where(flat, 1.0, value)
     return jnp.where(flat & (level > 0), jnp.inf, level / safe / safe)
+
+
+def noise_with_momentum(beta: jax.Array) -> jax.Array:
+    """m: how many times the noise of a batch counts, since momentum remembers the batches before."""
+    return (1.0 + beta) / (1.0 - beta)
 
 
 def noisy_outlier(value: jax.Array, level: jax.Array) -> jax.Array:

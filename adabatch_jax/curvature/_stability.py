@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
-from adabatch_jax.curvature._batch_hessian import noisy_outlier
+from adabatch_jax.curvature._batch_hessian import noise_with_momentum, noisy_outlier
 from adabatch_jax.curvature._effective_batch_size import (
     float32_arrays,
     inverse_effective_batch_size,
@@ -97,7 +97,7 @@ def max_stable_learning_rate(
     if piecewise:
         sharpness = shorter * noisy_outlier(value, level)
     else:
-        sharpness = _mean_square(value, level * (1.0 + beta) / (1.0 - beta), shorter)
+        sharpness = _mean_square(value, level * noise_with_momentum(beta), shorter)
     flat = sharpness == 0
     return jnp.where(flat, jnp.inf, room / jnp.where(flat, 1.0, sharpness))
 

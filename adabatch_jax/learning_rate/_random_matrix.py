@@ -184,10 +184,9 @@ def scale_by_random_matrix(
         transition = transition_batch_size(
             state.measured_largest, state.measured_noise, momentum=momentum
         )
-        rule = random_matrix_scaling(transition, adaptive=adaptive, dataset_size=dataset_size)
-        cautious = jnp.minimum(size / base, 1.0)
-        cautious = jnp.sqrt(cautious) if adaptive else cautious
-        factor = jnp.where(state.transition_refreshes > 0, rule(size, base), cautious)
+        known = jnp.where(state.transition_refreshes > 0, transition, jnp.nan)
+        rule = random_matrix_scaling(known, adaptive=adaptive, dataset_size=dataset_size)
+        factor = rule(size, base)
         scaled = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
         return scaled, state._replace(
             measured_scale=factor,

@@ -102,10 +102,10 @@ class TrainConfig:
             ("schedule", SCHEDULES),
         ):
             if getattr(self, name) is not None:
-                _validate.one_of(where, choices, **_flag(name, getattr(self, name)))
+                _validate.one_of(where, choices, **flag(name, getattr(self, name)))
         for name in ("eta", "theta", "nu", "learning_rate"):
             if getattr(self, name) is not None:
-                _validate.positive(where, **_flag(name, getattr(self, name)))
+                _validate.positive(where, **flag(name, getattr(self, name)))
         for name in (
             "noise_groups",
             "initial_batch_size",
@@ -116,10 +116,10 @@ class TrainConfig:
             "epochs",
         ):
             if getattr(self, name) is not None:
-                _validate.positive_int(where, **_flag(name, getattr(self, name)))
+                _validate.positive_int(where, **flag(name, getattr(self, name)))
         self._check_rate()
         for name in ("seed", "lag"):
-            _validate.between(where, 0, 2**32, **_flag(name, getattr(self, name)))
+            _validate.between(where, 0, 2**32, **flag(name, getattr(self, name)))
         if self.noise_groups < 2:
             raise ValueError(f"train: --noise-groups must be at least 2, got {self.noise_groups}")
         first, largest = self.initial_batch_size, self.max_batch_size
@@ -135,7 +135,7 @@ class TrainConfig:
                 f"seen, got {first}"
             )
         if self.smoothing is not None:
-            _validate.between(where, 0.0, 1.0, **_flag("smoothing", self.smoothing))
+            _validate.between(where, 0.0, 1.0, **flag("smoothing", self.smoothing))
         if self.growth_limit is not None and not self.growth_limit > 1:
             raise ValueError(f"train: --growth-limit must exceed 1, got {self.growth_limit}")
         if self.dataset == "digits" and self.data_dir is not None:
@@ -226,5 +226,6 @@ def _spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _flag(name: str, value: Any) -> dict[str, Any]:
+def flag(name: str, value: Any) -> dict[str, Any]:
+    """The field for `_validate`, as the command spells it."""
     return {_spelled(name): value}

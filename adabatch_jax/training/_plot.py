@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.lib.stride_tricks import sliding_window_view
@@ -27,11 +24,13 @@ from adabatch_jax.training._plot_style import (
     add_legend,
     decimal,
     dress,
+    finish,
+    new_figure,
     say,
     short,
 )
 from adabatch_jax.training._plot_warmup import draw_smoothed, mark_switch
-from adabatch_jax.training._report import PathLike, atomic_path
+from adabatch_jax.training._report import PathLike
 
 Floats = npt.NDArray[np.float64]
 
@@ -74,8 +73,7 @@ def plot_run(
       ['Loss', 'Batch size', 'Learning rate']
     """
     data = _columns(rows)
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.09)  # inches
-    figure = Figure(figsize=(8.0, 7.2), dpi=150, facecolor="white", layout=layout)
+    figure = new_figure()
     panels: Sequence[Axes] = figure.subplots(3, 1, sharex=True, height_ratios=(1.25, 1.25, 1.0))
     for axes, name in zip(panels, ("Loss", "Batch size", "Learning rate"), strict=True):
         dress(axes, name)
@@ -90,13 +88,7 @@ def plot_run(
     panels[2].xaxis.set_major_locator(MaxNLocator(nbins=8, steps=_STEPS, integer=True))
     panels[2].xaxis.set_major_formatter(FuncFormatter(lambda x, _: decimal(x)))
     panels[2].set_xlabel("Examples", color=INK)
-    if title:
-        figure.suptitle(title, x=0.015, ha="left", fontsize=14, fontweight="bold", color=INK)
-    if path is not None:
-        suffix = pathlib.Path(path).suffix.removeprefix(".") or "png"
-        with atomic_path(path) as temporary:
-            figure.savefig(os.fspath(temporary), format=suffix)
-    return figure
+    return finish(figure, title, path)
 
 
 def _columns(rows: Mapping[str, Any]) -> dict[str, Floats]:

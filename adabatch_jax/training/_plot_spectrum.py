@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from adabatch_jax.curvature import SpectralDensity
@@ -23,10 +20,12 @@ from adabatch_jax.training._plot_style import (
     SOFT,
     add_legend,
     dress,
+    finish,
+    new_figure,
     say,
     short,
 )
-from adabatch_jax.training._report import PathLike, atomic_path
+from adabatch_jax.training._report import PathLike
 from adabatch_jax.training._spectrum_theory import predicted
 
 _MATRIX = {"hessian": "Hessian", "gauss-newton": "Gauss-Newton matrix"}
@@ -55,18 +54,11 @@ def plot_spectrum(
     Raises:
       ValueError: the format is unknown.
     """
-    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.09)  # inches
-    figure = Figure(figsize=(8.0, 7.2), dpi=150, facecolor="white", layout=layout)
+    figure = new_figure()
     upper, lower = figure.subplots(2, 1, height_ratios=(1.0, 1.25))
     _draw_density(upper, summary, density)
     _draw_batches(lower, summary)
-    if title:
-        figure.suptitle(title, x=0.015, ha="left", fontsize=14, fontweight="bold", color=INK)
-    if path is not None:
-        suffix = pathlib.Path(path).suffix.removeprefix(".") or "png"
-        with atomic_path(path) as temporary:
-            figure.savefig(os.fspath(temporary), format=suffix)
-    return figure
+    return finish(figure, title, path)
 
 
 def _draw_density(axes: Axes, summary: Mapping[str, Any], density: SpectralDensity) -> None:

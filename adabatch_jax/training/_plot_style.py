@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import NullLocator
+
+from adabatch_jax.training._report import PathLike, atomic_path
 
 BLUE, ORANGE, GREEN, PURPLE = "#2b6cb0", "#d9622b", "#2f8f6b", "#6b4fa3"
 INK, TICKS, SOFT, GRID = "#1f2933", "#52606d", "#7b8794", "#e4e7eb"
+
+
+def new_figure() -> Figure:
+    """An empty page for several panels, which belongs to no pyplot."""
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.09)  # inches
+    return Figure(figsize=(8.0, 7.2), dpi=150, facecolor="white", layout=layout)
+
+
+def finish(figure: Figure, title: str, path: PathLike | None) -> Figure:
+    """Headline, and the file, atomically, if there are any; its suffix gives the format (png)."""
+    if title:
+        figure.suptitle(title, x=0.015, ha="left", fontsize=14, fontweight="bold", color=INK)
+    if path is not None:
+        suffix = pathlib.Path(path).suffix.removeprefix(".") or "png"
+        with atomic_path(path) as temporary:
+            figure.savefig(os.fspath(temporary), format=suffix)
+    return figure
 
 
 def dress(axes: Axes, name: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from adabatch_jax import _validate
-from adabatch_jax.training._config import DATASETS, MODELS
+from adabatch_jax.training._config import DATASETS, MODELS, flag
 
 MATRICES = ("hessian", "gauss-newton")
 NOISE_PROBES = ("ritz", "random")
@@ -77,22 +77,22 @@ class SpectrumConfig:
             ("noise_probe", NOISE_PROBES),
         ):
             if getattr(self, name) is not None:
-                _validate.one_of(where, choices, **_flag(name, getattr(self, name)))
+                _validate.one_of(where, choices, **flag(name, getattr(self, name)))
             if self.run is not None and name in ("dataset", "model") and getattr(self, name):
                 raise ValueError(
                     f"spectrum: --run has a {name} of its own, leave out --{name} {getattr(self, name)}"
                 )
         for name in ("examples", "steps", "probes", "subsamples", "max_micro_batch_size"):
             if getattr(self, name) is not None:
-                _validate.positive_int(where, **_flag(name, getattr(self, name)))
-        _validate.between(where, 0, 2**32, **_flag("seed", self.seed))
+                _validate.positive_int(where, **flag(name, getattr(self, name)))
+        _validate.between(where, 0, 2**32, **flag("seed", self.seed))
         if self.examples is not None and self.examples < 2:
             raise ValueError("spectrum: --examples must be at least 2 for noise to be seen, got 1")
         if self.batch_sizes is not None:
             if not self.batch_sizes:
                 raise ValueError("spectrum: --batch-sizes needs at least one size")
             for size in self.batch_sizes:
-                _validate.positive_int(where, **_flag("batch_sizes", size))
+                _validate.positive_int(where, **flag("batch_sizes", size))
             if len(set(self.batch_sizes)) < len(self.batch_sizes):
                 raise ValueError(
                     f"spectrum: --batch-sizes {' '.join(map(str, self.batch_sizes))} holds one twice"
@@ -156,7 +156,3 @@ class SpectrumConfig:
                 "matrix"
             )
         return dataclasses.replace(self, examples=examples, batch_sizes=tuple(sorted(sizes)))
-
-
-def _flag(name: str, value: Any) -> dict[str, Any]:
-    return {"--" + name.replace("_", "-"): value}

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import data, octaves, run_all
+from common import cross_entropy, data, make_accuracy, octaves, run_all
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import Feed
@@ -122,8 +122,7 @@ def compiled(task: Task, mode: str, steps: int) -> tuple[Any, Any, Any]:
     model = MLP(10) if task.model == "mlp" else CNN(10, channels=(8, 16), width=64)
 
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = model.apply(params, x)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        return cross_entropy(model.apply(params, x), y)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def epoch(params, state, x, y, order, rate):
@@ -137,15 +136,7 @@ def compiled(task: Task, mode: str, steps: int) -> tuple[Any, Any, Any]:
 
         return jax.lax.scan(step, (params, state), order)[0]
 
-    @jax.jit
-    def accuracy(params, x, y):
-        def part(xy):
-            return jnp.mean(jnp.argmax(model.apply(params, xy[0]), axis=-1) == xy[1])
-
-        split = lambda a: a.reshape(10, -1, *a.shape[1:])  # noqa: E731
-        return jnp.mean(jax.lax.map(part, (split(x), split(y))))
-
-    return model, epoch, accuracy
+    return model, epoch, make_accuracy(model.apply)
 
 
 def find_schedule(opt_state: Any) -> Any:

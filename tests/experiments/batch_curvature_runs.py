@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import data
+from common import cross_entropy, data
 from jax.flatten_util import ravel_pytree
 
 import adabatch_jax as adabatch
@@ -29,10 +29,6 @@ STEPS = {"mlp": 40, "cnn": 20}
 KEYS = range(5)
 NETS, STATES, MATRICES = ("mlp", "cnn"), ("init", "trained"), ("hessian", "gauss-newton")
 Result = dict[str, Any]
-
-
-def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 @functools.cache

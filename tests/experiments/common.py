@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from adabatch_jax.training import load_dataset
 from adabatch_jax.training._report import write_json
@@ -33,6 +34,25 @@ def data(name: str, folder: str | None = None) -> dict[str, tuple[jax.Array, jax
         "train": (prepared(d.train_inputs), jnp.asarray(d.train_labels)),
         "test": (prepared(d.test_inputs), jnp.asarray(d.test_labels)),
     }
+
+
+def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
+    """The mean over examples."""
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def make_accuracy(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`accuracy(params, inputs, labels)`, jitted, a tenth of the examples at a time."""
+
+    @jax.jit
+    def accuracy(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        def part(xy: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return jnp.mean(jnp.argmax(apply(params, xy[0]), axis=-1) == xy[1])
+
+        split = lambda a: a.reshape(10, -1, *a.shape[1:])  # noqa: E731
+        return jnp.mean(jax.lax.map(part, (split(x), split(y))))
+
+    return accuracy
 
 
 def octaves(low: float, count: int = 8, factor: float = 2.0) -> tuple[float, ...]:

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import data, octaves, run_all
+from common import cross_entropy, data, make_accuracy, octaves, run_all
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import Feed
@@ -89,8 +89,7 @@ def compiled(name: str, mode: str) -> tuple[Callable[..., Any], Callable[..., An
     model = NETS[name].model
 
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = model.apply(params, x)
-        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        return cross_entropy(model.apply(params, x), y)
 
     @jax.jit
     def part(params, state, x, y, order, rate, cosine):
@@ -106,15 +105,7 @@ def compiled(name: str, mode: str) -> tuple[Callable[..., Any], Callable[..., An
 
         return jax.lax.scan(step, (params, state), order)
 
-    @jax.jit
-    def accuracy(params, x, y):
-        def right(xy):
-            return jnp.mean(jnp.argmax(model.apply(params, xy[0]), axis=-1) == xy[1])
-
-        split = lambda a: a.reshape(10, -1, *a.shape[1:])  # noqa: E731
-        return jnp.mean(jax.lax.map(right, (split(x), split(y))))
-
-    return part, accuracy
+    return part, make_accuracy(model.apply)
 
 
 def run(name: str, mode: str, schedule: str, rate: float, seed: int) -> dict[str, Any]:

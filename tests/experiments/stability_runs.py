@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import data
+from common import cross_entropy, data
 
 import adabatch_jax as adabatch
 from adabatch_jax.curvature._spectrum import lanczos, random_unit
@@ -46,10 +46,6 @@ METHODS = {
     ),
 }
 MODEL = MLP(10, width=64)
-
-
-def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
