@@ -19,7 +19,7 @@ The true λ₁ is from 60 Lanczos steps, and again from ARPACK on products in fl
   the worker puts back the function that new versions of torch lack (torch.eig).
 
 Each does the fewest steps that bring the error below 1 % for all start vectors: five of them, where
-the start is random. Times are of these steps, in turns, without compiling. Memory is at 20 steps: what XLA
+the start is random (the same for ours and matfree). Times are of these steps, in turns, without compiling. Memory is at 20 steps: what XLA
 allots beyond arguments and results; for PyHessian what the process grows by.
 
 Expected on the MLP: with random starts matfree takes about 1.5 times as long as ours, PyHessian's power
@@ -86,7 +86,11 @@ def trained(loss: Callable, params: PyTree, x: jax.Array, y: jax.Array) -> PyTre
 def ours(loss: Callable, steps: int) -> Callable[..., jax.Array]:
     def run(params: PyTree, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
         product = adabatch.hessian_vector_product(loss, params, x, y)
-        return adabatch.lanczos_spectrum(product, params, key, num_steps=steps).largest
+        flat, unravel = ravel_pytree(params)
+        # The start that matfree gets, so that both need the same number of steps.
+        start = unravel(jax.random.normal(key, flat.shape))
+        spectrum = adabatch.lanczos_spectrum(product, params, key, num_steps=steps, start=start)
+        return spectrum.largest
 
     return run
 
