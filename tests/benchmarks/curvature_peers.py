@@ -19,8 +19,9 @@ The true λ₁ is from 60 Lanczos steps, and again from ARPACK on products in fl
   the worker puts back the function that new versions of torch lack (torch.eig).
 
 Each does the fewest steps that bring the error below 1 % for all start vectors: five of them, where
-the start is random (the same for ours and matfree). Times are of these steps, in turns, without compiling. Memory is at 20 steps: what XLA
-allots beyond arguments and results; for PyHessian what the process grows by.
+the start is random, the same for ours and matfree. Times are of these steps, in turns, without
+compiling. Memory is at 20 steps: what XLA allots beyond arguments and results; for PyHessian what the
+process grows by.
 
 Expected on the MLP: with random starts matfree takes about 1.5 times as long as ours, PyHessian's power
 iteration 2 to 4 times; from the gradient ours takes 4 steps, 0.6 of the time of random starts.
