@@ -16,7 +16,7 @@ PyTree = Any
 
 
 class Classifier(NamedTuple):
-    """Initial parameters, and `apply(params, inputs float32 [B, H, W]) -> logits [B, classes]`."""
+    """Initial parameters, and `apply(params, inputs as stored [B, H, W]) -> logits [B, classes]`."""
 
     params: PyTree
     apply: Apply
@@ -39,7 +39,7 @@ def classifier(model_name: str, dataset: Dataset, seed: int) -> Classifier:
     mean, deviation = _mean_and_deviation(dataset.train_inputs)
 
     def apply(params: PyTree, inputs: jax.Array) -> jax.Array:
-        return jnp.asarray(model.apply({"params": params}, (inputs - mean) / deviation))
+        return jnp.asarray(model.apply({"params": params}, (to_float(inputs) - mean) / deviation))
 
     return Classifier(params, apply)
 

@@ -12,7 +12,7 @@ import numpy as np
 import adabatch_jax as adabatch
 from adabatch_jax._tree import squared_norm
 from adabatch_jax.curvature import Spectrum
-from adabatch_jax.training._data import Dataset, to_float
+from adabatch_jax.training._data import Dataset
 from adabatch_jax.training._spectrum_config import SpectrumConfig
 from adabatch_jax.training._step import Apply, losses_and_logits
 
@@ -70,7 +70,7 @@ def compile_measures(config: SpectrumConfig, apply: Apply) -> Compiled:
         return jnp.sum(group["weights"] * losses)
 
     def logits(params: PyTree, inputs: jax.Array) -> jax.Array:
-        return apply(params, to_float(inputs)).astype(jnp.float32)
+        return apply(params, inputs).astype(jnp.float32)
 
     def loss_of_logits(logits: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
         losses, _ = losses_and_logits(lambda _, z: z, None, logits, labels)

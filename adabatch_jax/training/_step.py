@@ -11,7 +11,6 @@ import numpy as np
 import optax
 
 import adabatch_jax as adabatch
-from adabatch_jax.training._data import to_float
 from adabatch_jax.training._ladder import Rung
 
 PyTree = Any
@@ -21,9 +20,18 @@ Apply = Callable[[PyTree, jax.Array], jax.Array]
 def losses_and_logits(
     apply: Apply, params: PyTree, inputs: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy [B] and logits [B, classes], float32; `inputs` [B, H, W] as stored."""
-    logits = apply(params, to_float(inputs)).astype(jnp.float32)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels), logits
+    """Mean cross-entropy of each example, [B], and logits [B, …, classes], float32.
+
+    `labels` are [B], or [B, L] where an example is a sequence. `inputs` come as they are stored.
+    """
+    logits = apply(params, inputs).astype(jnp.float32)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return _per_example(losses), logits
+
+
+def _per_example(values: jax.Array) -> jax.Array:
+    """Means over all axes but the first."""
+    return jnp.mean(values, axis=tuple(range(1, values.ndim)))
 
 
 def make_step(
@@ -40,7 +48,7 @@ def make_step(
     `indices[j]`, of which the first `sizes[j]` count.
 
     Args:
-      apply: `(params, inputs float32 [B, H, W]) -> logits [B, classes]`.
+      apply: `(params, inputs as stored [B, …]) -> logits [B, classes]`, or [B, L, classes] for sequences.
       optimizer: chain with one `adapt_batch_size` in it.
       coordinate_wise: measure what the coordinate-wise test needs.
       inner_products: measure what the inner-product tests need.
@@ -140,8 +148,8 @@ def make_evaluation(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
         params: PyTree, inputs: jax.Array, labels: jax.Array, real: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         losses, logits = losses_and_logits(apply, params, inputs, labels)
-        right = jnp.argmax(logits, axis=-1) == labels
-        return jnp.sum(jnp.where(real, losses, 0.0)), jnp.sum(right & real).astype(jnp.float32)
+        right = _per_example((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32))
+        return jnp.sum(jnp.where(real, losses, 0.0)), jnp.sum(jnp.where(real, right, 0.0))
 
     def evaluate(params: PyTree, inputs: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
         total = len(labels)
