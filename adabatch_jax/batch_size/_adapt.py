@@ -194,7 +194,7 @@ def adapt_batch_size(
         size = state.next_batch_size
         moved = jnp.where(usable, next_size(size, required), size)
         shown = jnp.stack([noise.trace, square - population * noise.trace / examples])
-        keep = jnp.where(state.display_ema[0] > 0, _DISPLAY_DECAY, 0.0)
+        keep = jnp.where(state.display_ema[0] > 0, jnp.float32(_DISPLAY_DECAY), 0.0)
         shown = keep * state.display_ema + (1 - keep) * shown
         status = jnp.where(moved == size, BatchSizeStatus.PASSED, BatchSizeStatus.CHANGED)
         status = jnp.where(square > 0, status, BatchSizeStatus.ZERO_GRADIENT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +69,9 @@ def spectral_density(
 
     def of_probe(theta: jax.Array, weights: jax.Array) -> jax.Array:
         distance = (grid[:, None] - theta[None, :]) / width
-        return jnp.exp(-0.5 * jnp.square(distance)) @ weights / (width * jnp.sqrt(2 * jnp.pi))
+        bells = jnp.exp(-0.5 * jnp.square(distance))
+        total = jnp.matmul(bells, weights, precision=jax.lax.Precision.HIGHEST)
+        return total / (width * math.sqrt(2 * math.pi))
 
     each = jax.vmap(of_probe)(spectrum.eigenvalues, spectrum.weights)
     num_probes = each.shape[0]

@@ -101,7 +101,7 @@ def _noise_along(
 
     def add(i: jax.Array, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
         mean, scatter = carry
-        group = jax.tree.map(lambda x: x[i], groups)
+        group = jax.tree.map(lambda x: jnp.asarray(x)[i], groups)
         product = hessian_vector_product(loss_fn, to_varying(params, checked), group)
         image = product(to_varying(z, checked))
         before = jax.tree.map(jnp.subtract, image, mean)

@@ -96,7 +96,7 @@ class CurvatureProduct:
             vector = tangent(vector)
 
             def add(i: jax.Array, total: PyTree) -> PyTree:
-                micro_batch = jax.tree.map(lambda x: x[i], self.batch)
+                micro_batch = jax.tree.map(lambda x: jnp.asarray(x)[i], self.batch)
                 part = self.matrix.at(params, micro_batch)(vector)
                 return jax.tree.map(jnp.add, total, widen(part))
 

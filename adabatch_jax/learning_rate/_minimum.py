@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,17 @@ class Smoother(NamedTuple):
     test: Callable[..., tuple[Any, Draws]]
     posterior: Callable[..., tuple[jax.Array, Posterior]]
     looks_ahead: bool  # whether x = 1 is the end of the last step; if not, it is the last loss
+
+
+@contextlib.contextmanager
+def in_float32() -> Iterator[None]:
+    """float32 at full precision, whatever the defaults are where the smoother is traced.
+
+    For tinygp, which has an argument for neither: its quasi-separable products would be bfloat16 on a
+    TPU, and float64 wherever a user has turned that on.
+    """
+    with jax.enable_x64(False), jax.default_matmul_precision("highest"):
+        yield
 
 
 def probability_past_minimum(posterior: Posterior) -> jax.Array:

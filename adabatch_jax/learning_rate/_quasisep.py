@@ -15,6 +15,7 @@ from adabatch_jax.learning_rate._minimum import (
     Posterior,
     Smoother,
     draw,
+    in_float32,
     posterior_on_grid,
 )
 
@@ -68,6 +69,7 @@ def _init() -> QuasisepFit:
     return QuasisepFit(logs, jnp.zeros((), jnp.int32), no_moments(logs))
 
 
+@in_float32()
 def _test(
     state: QuasisepFit,
     x: jax.Array,
@@ -147,6 +149,7 @@ def _fit(
     return QuasisepFit(fitted, state.fits + 1, moments)
 
 
+@in_float32()
 def _posterior(
     state: QuasisepFit, x: jax.Array, y: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, Posterior]:

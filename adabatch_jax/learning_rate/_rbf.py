@@ -16,6 +16,7 @@ from adabatch_jax.learning_rate._minimum import (
     Posterior,
     Smoother,
     draw,
+    in_float32,
     posterior_on_grid,
 )
 
@@ -68,6 +69,7 @@ def _choose(key: jax.Array, length: int, count: jax.Array, size: int) -> jax.Arr
     return jax.lax.top_k(score, size)[1]
 
 
+@in_float32()
 def _test(
     state: RbfFit,
     x: jax.Array,
@@ -124,6 +126,7 @@ def _fit(state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array) -> RbfFit:
     return RbfFit(*descend(loss, *state, rate=_FIT_RATE, steps=_FIT_STEPS))
 
 
+@in_float32()
 def _posterior(
     state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, Posterior]:
