@@ -50,6 +50,19 @@ def value_and_grad_noise(
     `inner_products` a second pass takes the directional derivative of every group's loss along the
     final mean gradient, ⟨ḡ_j, ḡ⟩, which is exact on the whole gradient vector and keeps no gradients.
 
+    On several devices, with the same result on any number of them:
+
+    * `pmap`, and `shard_map` with its varying check on or off: `axis_name=`, each device its own groups.
+    * Sharded `jit`: `lanes=True`, parameters replicated, axis 1 of the groups sharded over a mesh whose
+      axes are `AxisType.Auto`. Against a plain data-parallel step the program has one all-reduce of a few
+      numbers more, outside the loop.
+    * Sharded `jit`, parameters and optimizer state sharded over the same axis (FSDP): the same, with
+      `params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))` at the top of the step,
+      and `out_shardings` like those of the arguments. The parameters are gathered once, not once a group;
+      without that line XLA may split the model instead, and exchange examples in the loop. The mean
+      gradient is gathered once, too: every lane's mean is compared with it. (S − N·q would save that, but
+      is the difference of two large sums.)
+
     Args:
       loss_fn: `loss_fn(params, group, *args)`, the **mean** loss of one group (scalar), or
         `(loss, aux)` with `has_aux`.
@@ -117,7 +130,8 @@ def value_and_grad_noise(
         leading = leading_shape(groups, ndim)
         sizes = group_sizes(groups, sizes, leading)
         bound = leading[0] if count is None else jnp.clip(count, 0, leading[0]).astype(jnp.int32)
-        params = _prepare(jax.tree.map(jnp.asarray, params), groups, axes)
+        params, groups = jax.tree.map(jnp.asarray, (params, groups))
+        params = _prepare(params, groups, axes)
         varying = varying_axes((params, groups, args, sizes, bound))
         accumulate = partial(
             _accumulate, (groups, sizes), bound, vectorize=vectorize, lanes=lanes, varying=varying

@@ -17,6 +17,7 @@ from tests.devices.eight.problem import (
     loss_fn,
     mesh_of,
     on_devices,
+    whole,
 )
 
 LOOPS_USED = 5
@@ -34,12 +35,13 @@ def on_one_device():
 
 
 @pytest.mark.parametrize(
-    "kind", ["pmap", "shard_map checked", "shard_map unchecked", "sharded jit"]
+    "kind", ["pmap", "shard_map checked", "shard_map unchecked", "sharded jit", "FSDP"]
 )
 def test_every_statistic_equals_that_of_one_device(kind, on_one_device):
     def step(params, _, groups):
-        if kind == "sharded jit":
-            return adabatch.value_and_grad_noise(loss_fn, lanes=True, **OPTIONS)(params, groups)
+        if kind in ("sharded jit", "FSDP"):
+            own = whole(params, mesh_of(8) if kind == "FSDP" else None)
+            return adabatch.value_and_grad_noise(loss_fn, lanes=True, **OPTIONS)(own, groups)
         fn = adabatch.value_and_grad_noise(loss_fn, axis_name="data", **OPTIONS)
         return fn(params, flat(groups))
 

@@ -10,7 +10,18 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
-from tests.devices.eight.problem import GROUP, first_params, flat, groups_of, loss_fn, on_devices
+from tests.devices.eight.problem import (
+    GROUP,
+    LANES,
+    first_params,
+    flat,
+    groups_of,
+    loss_fn,
+    mesh_of,
+    on_devices,
+    optimizer,
+    whole,
+)
 
 CALLS = 6  # of 64 examples: three batches of 128, if the batch stays as it is
 
@@ -105,3 +116,31 @@ def test_the_broken_gradient_of_one_device_is_left_out(kind):
     expected = optax.apply_updates(first_params(), jax.tree.map(lambda g: -0.1 * g, noise.mean))
     chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
     assert float(shown["noise_numerator"]) == pytest.approx(float(noise.trace), rel=1e-4)
+
+
+def test_under_sharded_jit_an_unchanged_loop_measures_between_its_calls():
+    """Without lanes, a call is one group, spread over all devices; micro_batch_size is all of it."""
+    link = adabatch.adaptive_multi_steps(optimizer(), micro_batch_size=LANES * GROUP)
+
+    def run(kind):
+        def step(params, state, groups):
+            batch = jax.tree.map(lambda x: x.reshape((-1, x.shape[-1])), groups)
+            own = whole(params, mesh_of(8) if kind == "FSDP" else None)
+            value, gradient = jax.value_and_grad(loss_fn)(own, batch)
+            updates, state = link.update(gradient, state, params, value=value)
+            return optax.apply_updates(params, updates), state
+
+        mapped = jax.jit(step) if kind == "one device" else on_devices(kind, step)
+        params, state, sizes = first_params(), link.init(first_params()), []
+        for call in range(48):
+            one = jax.tree.map(lambda x: x[call : call + 1], groups_of(0))  # noqa: B023
+            params, state = mapped(params, state, one)
+            sizes.append(int(adabatch.get_batch_size(state)))
+        return sizes, jax.device_get(params)
+
+    sizes, params = run("one device")
+    assert len(set(sizes)) >= 5 and sizes[-1] > 512
+    for kind in ("sharded jit", "FSDP"):
+        found, there = run(kind)
+        assert found == sizes
+        chex.assert_trees_all_close(there, params, rtol=1e-5, atol=1e-6)
