@@ -11,7 +11,7 @@ import optax
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
 from adabatch_jax._tree import cast_like, squared_norm, widen
-from adabatch_jax.batch_size._read import controller_state, get_batch_size
+from adabatch_jax.batch_size._read import controller_state, get_batch_size, metrics
 from adabatch_jax.noise import GradientNoise, merge_noise
 from adabatch_jax.noise._gradient_noise import blend, pool_noise
 
@@ -62,12 +62,21 @@ def adaptive_multi_steps(
     `emit=` (traced bool, true when a batch is complete), to keep expensive work out of the calls
     whose result is dropped.
 
-    A micro-batch whose gradient holds NaN or inf is skipped and counted; the batch takes one more.
+    A micro-batch whose gradient or loss (`value=`) holds NaN or inf is skipped and counted; the batch
+    takes one more. If every one is skipped, no step is ever made: in `metrics`, `micro_batches` (since
+    the last step) and `skipped_micro_batches` then grow while `num_examples` stands still. Only a
+    `return_to_minimum` inside is told, once that would have filled a batch, and goes back to its snapshot.
+
+    Under sharded `jit` no device has a gradient of its own. An unchanged loop works, and measures the
+    noise between its calls; with `value, noise = value_and_grad_noise(loss_fn, lanes=True)(params, groups)`
+    and `update(noise.mean, …, noise=noise, value=value)` it is measured between the lanes, too. With
+    parameters sharded as well (FSDP) the gathered gradient is sharded like them.
 
     Args:
       optimizer: contains one `adapt_batch_size`.
       micro_batch_size: examples per device behind each gradient. Times the number of devices it
-        must divide the initial batch size; batches are rounded up to a multiple of it.
+        must divide the initial batch size; batches are rounded up to a multiple of it. Without
+        `axis_name`, so under sharded `jit` too, all examples of a call.
       axis_name: name, or names, of the device axis under `pmap` or `shard_map`: hand in each
         device's *own* gradient and loss, neither averaged nor summed. Gradients that somebody
         averaged already are recognised (no scatter at all between devices): the batch size is then
@@ -162,9 +171,16 @@ def adaptive_multi_steps(
             alike = found.scatter <= rounding * found.num_examples * found.squared_norm
             averaged = averaged | (alike & (found.num_groups > 1) & (found.squared_norm > 0))
 
-        emit = joint.num_examples >= get_batch_size(state.inner_opt_state)
+        size = get_batch_size(state.inner_opt_state)
+        emit = joint.num_examples >= size
+        told, returns = mean_loss, _returns_made(state.inner_opt_state)
+        if returns is not None and value is not None:  # as many calls as fill a batch, all skipped
+            lost = (state.micro_batches + 1) * micro_batch_size * devices >= size
+            lost &= joint.num_examples == 0
+            emit |= lost
+            told = jnp.where(lost, jnp.nan, told)
         if value is not None:
-            extra_args["value"] = mean_loss.astype(jnp.asarray(value).dtype)
+            extra_args["value"] = told.astype(jnp.asarray(value).dtype)
         mean = cast_like(joint.mean, updates)
         new_updates, inner = optimizer.update(
             mean,
@@ -175,6 +191,8 @@ def adaptive_multi_steps(
             emit=emit,
             **extra_args,
         )
+        if returns is not None and value is not None:
+            emit &= ~lost | (_returns_made(inner) > returns)
         # `where`, not `cond`: a cond around the state copies it, which costs more than the update.
         inner = jax.tree.map(lambda x, y: jnp.where(emit, x, y), inner, state.inner_opt_state)
         new_updates = jax.tree.map(lambda u: jnp.where(emit, u, jnp.zeros_like(u)), new_updates)
@@ -215,7 +233,8 @@ def _measure(
         )
     loss = jnp.zeros((), jnp.float32) if value is None else jnp.asarray(value).astype(jnp.float32)
     wide = widen(updates)
-    finite = jnp.isfinite(squared_norm(wide))
+    # The loss too: a label out of range makes it NaN and leaves a gradient that looks like any other.
+    finite = jnp.isfinite(squared_norm(wide)) & jnp.isfinite(loss)
     alone = GradientNoise(
         mean=wide,  # NaN and all: a merge ignores a side without examples
         scatter=jnp.zeros((), jnp.float32),
@@ -240,13 +259,18 @@ def _measure(
 def _given(noise: GradientNoise, value: Any) -> tuple[GradientNoise, jax.Array, jax.Array]:
     """The noise that the caller measured; as if it had no examples where it is not finite."""
     loss = jnp.zeros((), jnp.float32) if value is None else jnp.asarray(value).astype(jnp.float32)
-    finite = jnp.isfinite(noise.squared_norm) & jnp.isfinite(noise.scatter)
+    finite = jnp.isfinite(noise.squared_norm) & jnp.isfinite(noise.scatter) & jnp.isfinite(loss)
     kept = noise._replace(
         mean=widen(noise.mean),
         num_examples=jnp.where(finite, noise.num_examples, 0).astype(jnp.int32),
         num_groups=jnp.where(finite, noise.num_groups, 0).astype(jnp.int32),
     )
     return kept, loss, (~finite).astype(jnp.int32)
+
+
+def _returns_made(inner: PyTree) -> Any:
+    """How often `return_to_minimum` has gone back; None where there is none inside."""
+    return metrics(inner).get("returns_made")
 
 
 def _initial_size(optimizer: optax.GradientTransformation, updates: PyTree) -> Any:

@@ -6,6 +6,50 @@ examples, micro-batches that accumulation makes anyway, devices. `merge_noise` j
 
 * `value_and_grad_noise` takes the gradient of a loss over groups and measures the noise on the way.
 * `split_groups` cuts a batch into groups.
+
+Parameters and models may be bfloat16: statistics are float32 all the same. A float16 model wants its
+loss scaled, lest small gradients become 0, and the scale halved when one overflows. Mean and scatter are
+measured on the scaled loss and unscaled in float32, before anything reads them. One group that
+overflows makes the mean NaN or inf: `optax.apply_if_finite` drops that step, batch size and all, and
+counts it.
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import adabatch_jax as adabatch
+    >>> def loss_fn(w, x):  # in float16; the parameters are float32
+    ...     return 0.5 * jnp.mean((w.astype(jnp.float16) - x) ** 2)
+    >>> def scaled_loss_fn(w, x, scale):
+    ...     value = loss_fn(w, x).astype(jnp.float32)
+    ...     return scale * value, value
+    >>> measure = value_and_grad_noise(scaled_loss_fn, has_aux=True)
+    >>> optimizer = optax.apply_if_finite(optax.chain(
+    ...     adabatch.adapt_batch_size(adabatch.norm_test(0.2), initial_batch_size=4, max_batch_size=64),
+    ...     optax.sgd(0.1)), max_consecutive_errors=30)
+    >>> @jax.jit
+    ... def step(w, state, scale, good_steps, groups):
+    ...     (_, value), noise = measure(w, groups, scale)
+    ...     mean = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, noise.mean)
+    ...     noise = noise._replace(mean=mean, scatter=noise.scatter / scale**2)
+    ...     updates, state = optimizer.update(mean, state, w, value=value, noise=noise)
+    ...     good_steps = jnp.where(state.last_finite, good_steps + 1, 0)
+    ...     grown = jnp.where((good_steps > 0) & (good_steps % 2000 == 0), 2 * scale, scale)
+    ...     scale = jnp.where(state.last_finite, grown, scale / 2)
+    ...     return optax.apply_updates(w, updates), state, scale, good_steps
+    >>> groups = split_groups(jnp.array([1.0, 3.0, 5.0, 7.0], jnp.float16), 4)
+    >>> w = jnp.array(0.0)
+    >>> carry = w, optimizer.init(w), jnp.float32(2.0**16), jnp.int32(0)
+    >>> for _ in range(4):
+    ...     carry = step(*carry, groups)
+    ...     print(float(carry[2]), round(float(carry[0]), 4), int(adabatch.get_batch_size(carry[1])))
+    32768.0 0.0 4
+    16384.0 0.0 4
+    8192.0 0.0 4
+    8192.0 0.4 11
+    >>> int(carry[1].total_notfinite)
+    3
+
+With `adaptive_multi_steps` divide the gradient of each micro-batch by the scale and hand in the loss as
+it is: one that overflows is skipped and counted. A coordinate scatter is unscaled as the scatter is. The
+inner products want a forward pass along the scaled gradient, which float16 cannot hold: not with a scale.
 """
 
 from adabatch_jax.noise._estimate import value_and_grad_noise
