@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -22,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: the command line without the program's name; None: that of the process.
 
     Returns:
-      0; 1 if training failed; 2 if the arguments or the data are unusable; 130 after Ctrl-C. All but 0
-      come with one line that says why.
+      0; 1 if training failed; 2 if the arguments or the data are unusable; 130 after Ctrl-C, 143 after
+      SIGTERM. All but 0 come with one line that says why.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _spelled_out(sys.argv[1:] if arguments is None else arguments)
     try:
         import tyro
 
@@ -59,16 +60,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured = training.report_spectrum(config)
             training.show_spectrum(measured.summary, config.output)
         else:
-            _show(training.train(config))
+            result = training.train(config)
+            if result.summary:  # of several processes, the first has it
+                _show(result)
     except (ValueError, OSError) as error:
         return _fail(str(error), USAGE_ERROR)
+    except training.ProcessLost as error:
+        _fail(str(error), RUN_ERROR)
+        os._exit(
+            RUN_ERROR
+        )  # the usual end would wait for all processes, and they are not all there
     except training.TrainingError as error:
         return _fail(str(error), RUN_ERROR)
+    except training.RunInterrupted as stop:
+        return _fail(str(stop), 128 + stop.number)
     except KeyboardInterrupt:
         spectrum = isinstance(config, training.SpectrumConfig)
         left = "nothing was written" if spectrum else "metrics.csv holds the steps that were made"
         return _fail(f"interrupted: {left}", 130)
     return 0
+
+
+def _spelled_out(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--resume` alone as `--resume always`, which the parser cannot do."""
+    spelled: list[str] = []
+    for number, argument in enumerate(arguments):
+        spelled.append(argument)
+        if argument == "--resume" and all(a.startswith("--") for a in arguments[number + 1 :][:1]):
+            spelled.append("always")
+    return spelled
 
 
 def _show(result: Any) -> None:

@@ -5,6 +5,9 @@ finds and checks the data, `Feed` fixes the order of the examples, `rung_for` th
 batch, `make_step` the fused step, `build_optimizer` the chain, `plot_run` the picture of the run and
 `plot_warmup` that of AutoWU's decision. `save_params` keeps what was trained.
 
+Data of your own, in a loop of your own: `ArrayStream`, `GrainStream` and `IterableStream` hand out
+micro-batches of one shape for batches that change their size. `load_text` makes a data set of a text file.
+
 `report_spectrum(SpectrumConfig(...))` is what `adabatch-jax spectrum` calls: `measure_spectrum` compares
 the curvature of batches with the formulas, `plot_spectrum` draws it. The rooms of the core know nothing
 of this one.
@@ -14,8 +17,9 @@ from adabatch_jax.training._checkpoint import load_params, save_params
 from adabatch_jax.training._config import TrainConfig
 from adabatch_jax.training._data import Dataset, load_dataset
 from adabatch_jax.training._feed import Feed
+from adabatch_jax.training._interrupt import RunInterrupted
 from adabatch_jax.training._ladder import Rung, rung_for
-from adabatch_jax.training._loop import TrainingError, TrainResult, run_steps, train
+from adabatch_jax.training._loop import ProcessLost, TrainingError, run_steps
 from adabatch_jax.training._models import build_model
 from adabatch_jax.training._optimizer import build_criterion, build_optimizer
 from adabatch_jax.training._plot import plot_run
@@ -26,13 +30,24 @@ from adabatch_jax.training._report_spectrum import report_spectrum, show_spectru
 from adabatch_jax.training._spectrum import SpectrumResult, measure_spectrum
 from adabatch_jax.training._spectrum_config import SpectrumConfig
 from adabatch_jax.training._step import make_step
+from adabatch_jax.training._stream import ArrayStream, MicroBatches, Stream, masked_mean
+from adabatch_jax.training._stream_sources import GrainStream, IterableStream
+from adabatch_jax.training._text import load_text
+from adabatch_jax.training._train import TrainResult, train
 
 __all__ = [
+    "ArrayStream",
     "Dataset",
     "Feed",
+    "GrainStream",
+    "IterableStream",
+    "MicroBatches",
+    "ProcessLost",
+    "RunInterrupted",
     "Rung",
     "SpectrumConfig",
     "SpectrumResult",
+    "Stream",
     "TrainConfig",
     "TrainResult",
     "TrainingError",
@@ -41,7 +56,9 @@ __all__ = [
     "build_optimizer",
     "load_dataset",
     "load_params",
+    "load_text",
     "make_step",
+    "masked_mean",
     "measure_spectrum",
     "plot_run",
     "plot_spectrum",

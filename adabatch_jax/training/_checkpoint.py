@@ -26,16 +26,14 @@ def save_params(path: PathLike, params: PyTree) -> None:
       path: folder of the checkpoint; the folder above it is created if it is missing.
       params: pytree of arrays.
     """
-    import orbax.checkpoint as ocp  # slow to import
-
     target = Path(os.path.abspath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     values = jax.device_get(params)
     mark = uuid.uuid4().hex
     new, old = (target.with_name(f".{target.name}.{mark}.{which}") for which in ("new", "old"))
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(new, {"params": values, "checksum": _checksum(values)})
+        with _checkpointer() as checkpointer:
+            checkpointer.save(new, {"params": values, "checksum": checksum(values)})
         # A folder that is not empty cannot be replaced in one call, so the old one steps aside.
         if target.exists():
             target.rename(old)
@@ -58,18 +56,36 @@ def load_params(path: PathLike, like: PyTree) -> PyTree:
     Raises:
       ValueError: there is no checkpoint, it is damaged, or it holds other parameters; in one line.
     """
-    import orbax.checkpoint as ocp
-
     folder = Path(os.path.abspath(path))
     if not folder.is_dir():
         raise ValueError(f"{path}: no checkpoint")
-    wanted = {"params": like, "checksum": np.uint32(0)}
+    result = read_arrays(folder, {"params": like, "checksum": np.uint32(0)})
+    if checksum(result["params"]) != result["checksum"]:
+        raise ValueError(f"{path}: the checkpoint is damaged (its checksum does not agree)")
+    return result["params"]
+
+
+def read_arrays(folder: Path, like: PyTree) -> PyTree:
+    """Reads what Orbax wrote to `folder`, as NumPy arrays.
+
+    Args:
+      folder: absolute path.
+      like: pytree of arrays whose structure, shapes and dtypes are expected.
+
+    Returns:
+      A pytree like `like`.
+
+    Raises:
+      ValueError: the files are damaged, or hold something else; in one line.
+    """
+    import orbax.checkpoint as ocp
+
     with_paths: Any
     form: Any
-    with_paths, form = jax.tree_util.tree_flatten_with_path(wanted)
+    with_paths, form = jax.tree_util.tree_flatten_with_path(like)
     leaves = [leaf for _, leaf in with_paths]
     found = []
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         # One array at a time: where several fail at once, Orbax lets all but one print a traceback.
         for number, leaf in enumerate(leaves):
             one = [leaf if i == number else ocp.PLACEHOLDER for i in range(len(leaves))]
@@ -80,23 +96,38 @@ def load_params(path: PathLike, like: PyTree) -> PyTree:
             except Exception as error:  # of many types, from JSON to TensorStore
                 why = str(error).strip().split("\n")[0][:200]
                 raise ValueError(
-                    f"{path}: the checkpoint is damaged, or of another model ({why})"
+                    f"{folder}: the checkpoint is damaged, or of another model ({why})"
                 ) from None
             array = np.asarray(form.flatten_up_to(restored)[number])
             if array.shape != leaf.shape or array.dtype != leaf.dtype:
                 name = jax.tree_util.keystr(with_paths[number][0], simple=True, separator=".")
                 raise ValueError(
-                    f"{path}: the checkpoint is of another model: {name} is "
+                    f"{folder}: the checkpoint is of another model: {name} is "
                     f"{array.dtype}{list(array.shape)}, expected {leaf.dtype}{list(leaf.shape)}"
                 )
             found.append(array)
-    result = form.unflatten(found)
-    if _checksum(result["params"]) != result["checksum"]:
-        raise ValueError(f"{path}: the checkpoint is damaged (its checksum does not agree)")
-    return result["params"]
+    return form.unflatten(found)
 
 
-def _checksum(tree: PyTree) -> np.uint32:
+def this_process_alone() -> Any:
+    """Orbax's option for a checkpoint that one process reads or writes while others do something else."""
+    import orbax.checkpoint as ocp
+
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"adabatch_{own}"
+    )
+
+
+def _checkpointer() -> Any:
+    import orbax.checkpoint as ocp
+
+    alone = this_process_alone()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+
+
+def checksum(tree: PyTree) -> np.uint32:
     """CRC-32 over the bytes of all arrays. TensorStore's own check lets some flipped bits pass."""
     value = 0
     for leaf in jax.tree.leaves(tree):

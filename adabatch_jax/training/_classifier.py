@@ -1,4 +1,4 @@
-"""A model and the data it sees: initial parameters, and a function from raw images to logits."""
+"""A model and the data it sees: initial parameters, and a function from raw inputs to logits."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 from adabatch_jax.training._data import Dataset, to_float
 from adabatch_jax.training._models import build_model
 from adabatch_jax.training._step import Apply
+from adabatch_jax.training._transformer import Transformer
 
 PyTree = Any
 
 
 class Classifier(NamedTuple):
-    """Initial parameters, and `apply(params, inputs as stored [B, H, W]) -> logits [B, classes]`."""
+    """Initial parameters, and `apply(params, inputs as stored [B, …]) -> logits [B, …, classes]`."""
 
     params: PyTree
     apply: Apply
@@ -27,15 +28,34 @@ def classifier(model_name: str, dataset: Dataset, seed: int) -> Classifier:
 
     Args:
       model_name: as for `build_model`.
-      dataset: pixels are standardised by the mean and deviation of its training images.
+      dataset: images, whose pixels are standardised by the mean and deviation of the training images;
+        or text, whose bytes are taken as they are and whose windows fix the model's length.
       seed: of the initial parameters.
 
     Returns:
       A `Classifier`; the same arguments give the same one, so a trained model can be rebuilt.
+
+    Raises:
+      ValueError: a model of text and a data set of images, or the other way round.
     """
     model = build_model(model_name, dataset.num_classes)
+    key = jax.random.key(seed)
+    text = dataset.train_labels.ndim == 2  # a label for every byte
+    if isinstance(model, Transformer) != text:
+        reads, holds = ("images", "text") if text else ("text", "images")
+        raise ValueError(
+            f"classifier: model_name {model_name!r} is a model of {reads}, "
+            f"but dataset {dataset.name!r} holds {holds}"
+        )
+    if isinstance(model, Transformer):
+        model = model.clone(max_length=dataset.train_inputs.shape[1])
+        bytes_ = jnp.asarray(dataset.train_inputs[:1])
+        return Classifier(
+            jax.jit(model.init)(key, bytes_)["params"],  # one compilation; without jit it is dozens
+            lambda params, inputs: jnp.asarray(model.apply({"params": params}, inputs)),
+        )
     some = to_float(jnp.asarray(dataset.train_inputs[:1]))
-    params = model.init(jax.random.key(seed), some)["params"]
+    params = model.init(key, some)["params"]
     mean, deviation = _mean_and_deviation(dataset.train_inputs)
 
     def apply(params: PyTree, inputs: jax.Array) -> jax.Array:

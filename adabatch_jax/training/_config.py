@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from adabatch_jax import _validate
 
-DATASETS = ("digits", "mnist", "fashion-mnist")
-MODELS = ("logistic", "mlp", "cnn", "resnet")
+IMAGES = ("digits", "mnist", "fashion-mnist")
+DATASETS = (*IMAGES, "text")
+IMAGE_MODELS = ("logistic", "mlp", "cnn", "resnet")
+MODELS = (*IMAGE_MODELS, "transformer")
 DIRECTIONS = ("adadagrad", "adadagrad-norm", "adamw", "adam", "adamp", "sgd", "momentum", "lamb")
 OPTIMIZERS = (*DIRECTIONS, "lanczos-sgd")
 CRITERIA = ("norm", "coordinate-norm", "inner-product", "augmented", "noise-scale", "none")
 SCALINGS = ("none", "linear", "sqrt", "random-matrix")
 SCHEDULES = ("constant", "cosine", "autowu", "autowu-improved")
 FINDS_ITS_RATE = ("autowu", "autowu-improved")
+RESUMES = ("always", "auto", "never")
+# What may change between two parts of one run.
+OUTSIDE_THE_RUN = (
+    *("out", "data_dir", "data_file", "checkpoint_every", "keep", "resume"),
+    *("devices", "distributed", "coordinator", "num_processes", "process_id", "patience"),
+)
 
 _FIRST_BATCH_SIZE, _LARGEST_BATCH_SIZE = 16, 512
 
@@ -35,9 +44,11 @@ class TrainConfig:
     """
 
     dataset: str = "digits"
-    """Data set: digits (embedded), mnist or fashion-mnist (found in the usual places, else downloaded)."""
+    """Data set: digits (embedded), mnist or fashion-mnist (found in the usual places, else downloaded), or
+    text: the bytes of --data-file."""
     model: str = "mlp"
-    """Model: logistic, mlp (256 hidden units), cnn, or resnet (three blocks, group normalisation)."""
+    """Model: logistic, mlp (256 hidden units), cnn, resnet (three blocks, group normalisation), or for text
+    transformer (two blocks, windows of 64 bytes)."""
     optimizer: str = "adadagrad"
     """Optimizer: adadagrad, adadagrad-norm (one accumulator), adamw, adam, adamp, sgd, momentum, lamb, or
     lanczos-sgd, which sets learning rate and momentum by the curvature."""
@@ -89,6 +100,28 @@ class TrainConfig:
     """Folder for metrics.csv, summary.json, run.png and checkpoint (default: runs/DATASET)."""
     data_dir: Path | None = None
     """Folder that holds the IDX files of mnist or fashion-mnist."""
+    data_file: Path | None = None
+    """The file for --dataset text; its last tenth is the test set."""
+
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints of the whole state, in OUT/state (none; SIGTERM saves one anyway)."""
+    keep: int = 3
+    """Checkpoints that are kept, the newest."""
+    resume: str | None = None
+    """Go on from the newest checkpoint: always, or --resume alone (an error if there is none), auto (start
+    anew if there is none), never (start anew over an unfinished run, which is refused otherwise)."""
+    devices: int | None = None
+    """Devices that share every batch (all)."""
+    distributed: str | None = None
+    """Several processes make one run: auto finds the others as Cloud TPU, Slurm and the like know them."""
+    coordinator: str | None = None
+    """The same by hand: HOST:PORT, where the first process listens."""
+    num_processes: int | None = None
+    """Processes in the run, with --coordinator."""
+    process_id: int | None = None
+    """Which of them this is, from 0, with --coordinator."""
+    patience: int = 60
+    """Seconds without a sign of life after which a process counts as dead, and the others stop."""
 
     def __post_init__(self) -> None:
         """Checks every field, before anything is loaded or written."""
@@ -100,6 +133,8 @@ class TrainConfig:
             ("criterion", CRITERIA),
             ("scaling", SCALINGS),
             ("schedule", SCHEDULES),
+            ("resume", RESUMES),
+            ("distributed", ("auto",)),
         ):
             if getattr(self, name) is not None:
                 _validate.one_of(where, choices, **flag(name, getattr(self, name)))
@@ -114,6 +149,11 @@ class TrainConfig:
             "curvature_examples",
             "refresh_every",
             "epochs",
+            "checkpoint_every",
+            "keep",
+            "devices",
+            "num_processes",
+            "patience",
         ):
             if getattr(self, name) is not None:
                 _validate.positive_int(where, **flag(name, getattr(self, name)))
@@ -138,8 +178,8 @@ class TrainConfig:
             _validate.between(where, 0.0, 1.0, **flag("smoothing", self.smoothing))
         if self.growth_limit is not None and not self.growth_limit > 1:
             raise ValueError(f"train: --growth-limit must exceed 1, got {self.growth_limit}")
-        if self.dataset == "digits" and self.data_dir is not None:
-            raise ValueError("train: --data-dir has no meaning for --dataset digits (embedded)")
+        self._check_processes()
+        self._check_data()
 
     def _check_rate(self) -> None:
         """No learning rate, or rule for it, beside one that is found."""
@@ -166,6 +206,38 @@ class TrainConfig:
         if not self.measures_curvature:
             needs = "only --optimizer lanczos-sgd and --scaling random-matrix measure the curvature"
             refuse(needs, "curvature_examples", "refresh_every")
+
+    def _check_data(self) -> None:
+        """Where the data are, and a model that can read them."""
+        text = self.dataset == "text"
+        if text and self.data_file is None:
+            raise ValueError("train: --dataset text needs --data-file")
+        if not text and self.data_file is not None:
+            raise ValueError(f"train: --data-file has no meaning for --dataset {self.dataset}")
+        if self.data_dir is not None and self.dataset in ("digits", "text"):
+            raise ValueError(f"train: --data-dir has no meaning for --dataset {self.dataset}")
+        if text != (self.model == "transformer"):
+            raise ValueError(
+                f"train: --model {self.model} does not read --dataset {self.dataset}: text goes with "
+                "transformer, images with the others"
+            )
+
+    def _check_processes(self) -> None:
+        """All of --coordinator, --num-processes and --process-id, or none."""
+        by_hand = ("coordinator", "num_processes", "process_id")
+        given = [name for name in by_hand if getattr(self, name) is not None]
+        if self.distributed is not None and given:
+            raise ValueError(
+                f"train: --distributed auto finds it by itself, leave out --{given[0]}"
+            )
+        if given and len(given) < len(by_hand):
+            missing = ", ".join(_spelled(name) for name in by_hand if name not in given)
+            raise ValueError(f"train: {_spelled(given[0])} needs {missing}, too")
+        if self.process_id is not None:
+            number = self.num_processes or 1
+            _validate.between("train", 0, number, **flag("process_id", self.process_id))
+        if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ValueError(f"train: --coordinator must be HOST:PORT, got {self.coordinator!r}")
 
     @property
     def measures_curvature(self) -> bool:

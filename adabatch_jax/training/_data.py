@@ -60,15 +60,16 @@ _TIMEOUT_SECONDS = 20.0
 
 
 class Dataset(NamedTuple):
-    """A data set of grey images in host memory.
+    """A data set in host memory: grey images, or windows of a text.
 
     Args:
-      name: the name it was loaded by.
-      train_inputs: [N, H, W], uint8 in 0…255 or float32 in [0, 1]; `to_float` takes both.
-      train_labels: int32 [N], in 0…num_classes - 1.
-      test_inputs: like `train_inputs`, [M, H, W].
-      test_labels: like `train_labels`, [M].
-      num_classes: number of classes.
+      name: the name it was loaded by; "text" for a text.
+      train_inputs: images [N, H, W], uint8 in 0…255 or float32 in [0, 1], `to_float` takes both; or
+        text, uint8 [N, L]: bytes.
+      train_labels: int32, in 0…num_classes - 1: [N] for images; [N, L] for text, the next bytes.
+      test_inputs: like `train_inputs`, with M in place of N.
+      test_labels: like `train_labels`, with M in place of N.
+      num_classes: number of classes; 256 for text.
     """
 
     name: str

@@ -45,7 +45,7 @@ class Feed:
 
     def __post_init__(self) -> None:
         for name, low, high in (("num_examples", 1, 2**31), ("seed", 0, 2**64)):
-            value = _integer(name, getattr(self, name), low, high)
+            value = integer("Feed", name, getattr(self, name), low, high)
             object.__setattr__(self, name, value)
 
     def indices(self, start: SupportsIndex, length: SupportsIndex) -> npt.NDArray[np.int32]:
@@ -61,8 +61,8 @@ class Feed:
         Raises:
           ValueError: if an argument is not an integer or out of its range.
         """
-        first = _integer("start", start, 0, 2**63)
-        last = first + _integer("length", length, 0)
+        first = integer("Feed", "start", start, 0, 2**63)
+        last = first + integer("Feed", "length", length, 0)
         pieces = [np.empty(0, np.int32)]
         position = first
         while position < last:
@@ -102,9 +102,9 @@ class Feed:
           >>> indices.shape, sizes.tolist()
           ((4, 2), [2, 2, 1, 0])
         """
-        columns = _integer("micro_batch_size", micro_batch_size, 1)
-        rows = _integer("num_groups", num_groups, 1)
-        count = _integer("length", length, 0)
+        columns = integer("Feed", "micro_batch_size", micro_batch_size, 1)
+        rows = integer("Feed", "num_groups", num_groups, 1)
+        count = integer("Feed", "length", length, 0)
         if count > rows * columns:
             raise ValueError(
                 f"Feed: length must be at most micro_batch_size * num_groups = {columns} * {rows}, "
@@ -127,13 +127,13 @@ def _order(num_examples: int, seed: int, epoch: int) -> npt.NDArray[np.int32]:
     return order
 
 
-def _integer(name: str, value: SupportsIndex, low: int, high: int | None = None) -> int:
-    """The value as a Python int, or a ValueError naming the argument and the value."""
+def integer(where: str, name: str, value: SupportsIndex, low: int, high: int | None = None) -> int:
+    """The value as a Python int, or a ValueError naming the place, the argument and the value."""
     try:
-        integer = operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        raise ValueError(f"Feed: {name} must be an integer, got {value!r}") from None
-    if integer < low or (high is not None and integer >= high):
+        raise ValueError(f"{where}: {name} must be an integer, got {value!r}") from None
+    if number < low or (high is not None and number >= high):
         limit = f"be at least {low}" if high is None else f"lie in [{low}, {high})"
-        raise ValueError(f"Feed: {name} must {limit}, got {integer}")
-    return integer
+        raise ValueError(f"{where}: {name} must {limit}, got {number}")
+    return number

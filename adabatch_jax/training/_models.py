@@ -1,4 +1,4 @@
-"""Four small classifiers that show every effect of a batch size and train in seconds.
+"""Small classifiers that show every effect of a batch size and train in seconds; models by name.
 
 None of them has batch normalisation: it would tie the gradient of one example to its neighbours in
 the micro-batch, and the noise of a batch would no longer follow from the noise of one example.
@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from adabatch_jax.training._transformer import Transformer
 
 
 class Logistic(nn.Module):
@@ -121,24 +123,26 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,
     "resnet": PreActResNet,
+    "transformer": Transformer,
 }
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
-    """Builds a classifier of images by its name.
+    """Builds a classifier of images, or a model of text, by its name.
 
     Args:
-      name: "logistic", "mlp" (256 hidden units), "cnn" (two convolutions) or "resnet" (three residual
-        blocks, group normalisation).
+      name: of images: "logistic", "mlp" (256 hidden units), "cnn" (two convolutions) or "resnet" (three
+        residual blocks, group normalisation); of text: "transformer" (two blocks of 64 channels).
       num_classes: number of logits, at least 1.
 
     Returns:
       A Flax linen module from float [B, H, W] to logits [B, num_classes] in the same dtype
-      (float32 for float32). It has parameters only: no dropout, no running statistics.
+      (float32 for float32); the transformer from integers [B, L], L ≤ 128, to [B, L, num_classes],
+      float32. It has parameters only: no dropout, no running statistics.
 
     Raises:
       ValueError: if the name is unknown or `num_classes` is not positive; when applied, if the
-        inputs are not floats of rank 3.
+        inputs are not floats of rank 3 (the transformer: integers of rank 2).
 
     Example:
       >>> import jax

@@ -28,15 +28,18 @@ class Progress:
     Args:
       total_examples: length of the run in examples, at least 1.
       console: where to write; default: the standard output.
+      start: examples of the run that were consumed before, where it is gone on with.
 
     Raises:
       ValueError: if `total_examples` is not positive.
     """
 
-    def __init__(self, total_examples: int, console: rich.console.Console | None = None) -> None:
+    def __init__(
+        self, total_examples: int, console: rich.console.Console | None = None, start: int = 0
+    ) -> None:
         if total_examples < 1:
             raise ValueError(f"Progress: total_examples must be at least 1, got {total_examples}")
-        self._total = total_examples
+        self._total, self._start = total_examples, start
         # FORCE_COLOR and the like make rich take a pipe for a terminal: ask the stream itself.
         real = console is not None or sys.stdout.isatty()
         self._console = console or rich.console.Console()
@@ -74,8 +77,9 @@ class Progress:
         if self._bar is not None:
             self._bar.start()
         else:
-            self._print(f"training on {self._total:,} examples")
-            self._next_line = self._total / 10
+            gone = f", going on after {self._start:,}" if self._start else ""
+            self._print(f"training on {self._total:,} examples{gone}")
+            self._next_line = self._start + self._total / 10
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

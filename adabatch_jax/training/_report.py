@@ -91,21 +91,28 @@ class MetricsWriter:
     Args:
       path: csv file, replaced if it exists; its folder is created if it is missing.
       columns: names of the columns, in order.
+      keep_rows: go on after this many rows of the file that is there, and cut off the rest.
 
     Raises:
-      ValueError: if there are no columns or a name occurs twice.
+      ValueError: if there are no columns or a name occurs twice; if the file has other columns, or
+        fewer rows than are to be kept.
     """
 
-    def __init__(self, path: PathLike, columns: Sequence[str]) -> None:
+    def __init__(self, path: PathLike, columns: Sequence[str], keep_rows: int = 0) -> None:
         if not columns or len(set(columns)) != len(columns):
             raise ValueError(f"MetricsWriter: columns must be distinct, got {list(columns)}")
         self.columns = tuple(columns)
         target = pathlib.Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO = target.open("w", encoding="utf-8", newline="")
+        if keep_rows:
+            _cut(target, self.columns, keep_rows)
+        self._file: TextIO = open(  # noqa: SIM115  (closed by close)
+            target, "a" if keep_rows else "w", encoding="utf-8", newline=""
+        )
         self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow(self.columns)
-        self._flush()
+        if not keep_rows:
+            self._writer.writerow(self.columns)
+        self.flush()
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row.
@@ -122,13 +129,14 @@ class MetricsWriter:
             raise ValueError(f"MetricsWriter: unknown columns {sorted(unknown)}")
         self._writer.writerow([_cell(name, row.get(name)) for name in self.columns])
         if time.monotonic() >= self._next_flush:
-            self._flush()
+            self.flush()
 
     def close(self) -> None:
         """Flushes and closes the file; a second call does nothing."""
         self._file.close()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Hands every row to the operating system: they outlive this process."""
         self._file.flush()
         self._next_flush = time.monotonic() + _FLUSH_SECONDS
 
@@ -137,6 +145,17 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _cut(path: pathlib.Path, columns: tuple[str, ...], rows: int) -> None:
+    """Leaves the header and the first `rows` rows of a csv file. Numbers hold no line breaks."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    if not lines or lines[0].decode(errors="replace").rstrip("\n").split(",") != list(columns):
+        raise ValueError(f"{os.fspath(path)} is missing or has other columns: cannot go on with it")
+    complete = sum(line.endswith(b"\n") for line in lines) - 1
+    if complete < rows:
+        raise ValueError(f"{os.fspath(path)} has {complete} rows, {rows} are needed to go on")
+    os.truncate(path, sum(map(len, lines[: rows + 1])))
 
 
 def _cell(name: str, value: Any) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,14 @@ import rich.console
 import rich.progress
 import rich.table
 
-from adabatch_jax.training._loop import prepare_output
+from adabatch_jax.training._interrupt import between_steps
 from adabatch_jax.training._plot_spectrum import plot_spectrum
 from adabatch_jax.training._plot_style import short
 from adabatch_jax.training._report import write_json
 from adabatch_jax.training._spectrum import SpectrumResult, load_subject, measure_subject
 from adabatch_jax.training._spectrum_config import SpectrumConfig
 from adabatch_jax.training._spectrum_theory import MOMENTUM
+from adabatch_jax.training._train import prepare_output
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -43,10 +42,11 @@ def report_spectrum(config: SpectrumConfig) -> SpectrumResult:
     """
     subject = load_subject(config)
     out = prepare_output(config.output)  # shows that it can be written, before any time is spent
-    with _Progress() as progress, _between_steps() as check_interrupt:
+    with _Progress() as progress, between_steps(signal.SIGINT) as requested:
 
         def on_progress(what: str, share: float) -> None:
-            check_interrupt()
+            if requested():
+                raise KeyboardInterrupt
             progress.update(what, share)
 
         result = measure_subject(subject, on_progress)
@@ -124,34 +124,6 @@ def _short(value: float, digits: int = 3) -> str:
     if size >= 1e-3 or not size:
         return f"{value:#.{digits if size >= 0.01 or not size else 2}g}"
     return short(float(f"{value:.2g}"))
-
-
-@contextlib.contextmanager
-def _between_steps() -> Iterator[Callable[[], None]]:
-    """Ctrl-C waits for the step that is being computed: the device must not be left in the middle.
-
-    Yields a function to call between steps, which raises KeyboardInterrupt if Ctrl-C was pressed. A second
-    Ctrl-C does not wait.
-    """
-    pressed = False
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, before)
-
-    def check() -> None:
-        if pressed:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield check  # signals go to the main thread only
-        return
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class _Progress:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adabatch_jax import _validate
-from adabatch_jax.training._config import DATASETS, MODELS, flag
+from adabatch_jax.training._config import IMAGE_MODELS, IMAGES, flag
 
 MATRICES = ("hessian", "gauss-newton")
 NOISE_PROBES = ("ritz", "random")
@@ -71,8 +71,8 @@ class SpectrumConfig:
         """Checks every field, before anything is loaded or written."""
         where = "spectrum"
         for name, choices in (
-            ("dataset", DATASETS),
-            ("model", MODELS),
+            ("dataset", IMAGES),
+            ("model", IMAGE_MODELS),
             ("matrix", MATRICES),
             ("noise_probe", NOISE_PROBES),
         ):
@@ -127,8 +127,8 @@ class SpectrumConfig:
             ) from None
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"spectrum: --run {self.run}: {path} is damaged") from None
-        _validate.one_of(f"spectrum: {path}", DATASETS, dataset=dataset)
-        _validate.one_of(f"spectrum: {path}", MODELS, model=model)
+        _validate.one_of(f"spectrum: {path}", IMAGES, dataset=dataset)
+        _validate.one_of(f"spectrum: {path}", IMAGE_MODELS, model=model)
         return Source(dataset, model, folder, Path(self.run, "checkpoint"))
 
     def resolved(self, num_examples: int) -> SpectrumConfig:

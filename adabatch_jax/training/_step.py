@@ -41,6 +41,7 @@ def make_step(
     coordinate_wise: bool = False,
     inner_products: bool = False,
     curvature: np.ndarray | None = None,
+    axis_name: str | None = None,
 ) -> Callable[..., tuple[PyTree, PyTree, dict[str, Any]]]:
     """Builds the step.
 
@@ -53,6 +54,7 @@ def make_step(
       coordinate_wise: measure what the coordinate-wise test needs.
       inner_products: measure what the inner-product tests need.
       curvature: int [num_groups, group_size], the examples on which the curvature is measured.
+      axis_name: the device axis over which the groups are spread; None: a single device.
 
     Returns:
       `step(params, opt_state, data, indices, sizes, count) -> (params, opt_state, report)` with
@@ -81,7 +83,10 @@ def make_step(
         return {"value_fn": value_fn, "loss_fn": of_group, "groups": rows}
 
     value_and_grad = adabatch.value_and_grad_noise(
-        loss_fn, coordinate_wise=coordinate_wise, inner_products=inner_products
+        loss_fn,
+        axis_name=axis_name,
+        coordinate_wise=coordinate_wise,
+        inner_products=inner_products,
     )
 
     def step(

@@ -54,7 +54,7 @@ def test_a_save_that_fails_leaves_the_former_checkpoint(saved, monkeypatch):
         directory.mkdir()
         raise OSError("no space left")
 
-    monkeypatch.setattr(ocp.PyTreeCheckpointer, "save", fail)
+    monkeypatch.setattr(ocp.Checkpointer, "save", fail)
     with pytest.raises(OSError, match="no space"):
         save_params(saved, parameters(seed=1))
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The models: shapes, sizes, one example at a time, and what they refuse."""
+"""The models of images: shapes, sizes, one example at a time, and what they refuse."""
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +86,9 @@ def test_every_parameter_learns(initialised):
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="'logistic', 'mlp', 'cnn', 'resnet', got 'transformer'"):
-        build_model("transformer", 10)
+    names = "'logistic', 'mlp', 'cnn', 'resnet', 'transformer', got 'rnn'"
+    with pytest.raises(ValueError, match=names):
+        build_model("rnn", 10)
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         build_model("mlp", 0)
 

@@ -1,0 +1,269 @@
+"""A whole run: output folder, progress, checkpoints, the steps, and what they lead to."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import rich.console
+from jax.experimental import multihost_utils
+
+import adabatch_jax as adabatch
+from adabatch_jax.training._check import check_dataset
+from adabatch_jax.training._checkpoint import save_params
+from adabatch_jax.training._config import FINDS_ITS_RATE, OUTSIDE_THE_RUN, TrainConfig
+from adabatch_jax.training._data import Dataset, load_dataset
+from adabatch_jax.training._interrupt import RunInterrupted, between_steps
+from adabatch_jax.training._loop import COLUMNS, ProcessLost, Row, Run
+from adabatch_jax.training._optimizer import build_optimizer
+from adabatch_jax.training._plot import plot_run
+from adabatch_jax.training._processes import connect
+from adabatch_jax.training._progress import Progress
+from adabatch_jax.training._report import MetricsWriter, read_metrics, write_json
+from adabatch_jax.training._resume import Checkpoints, RunState, data_checksum
+from adabatch_jax.training._step import make_evaluation
+from adabatch_jax.training._text import load_text
+
+PyTree = Any
+
+
+class TrainResult(NamedTuple):
+    """What a run returns: trained parameters, the rows of metrics.csv by column, the summary.
+
+    In a run of several processes the first has them all; the others have parameters only.
+    """
+
+    params: PyTree
+    columns: dict[str, Any]
+    summary: dict[str, Any]
+
+
+def train(config: TrainConfig, *, console: rich.console.Console | None = None) -> TrainResult:
+    """Trains as configured, shows progress, and leaves metrics.csv, summary.json, run.png and checkpoint.
+
+    With `checkpoint_every` the state of the run is saved while it goes on, in OUT/state, and `resume`
+    goes on with the newest; SIGTERM saves it in any case. The same bits come out as if nothing had
+    happened, on the same machine. Several processes (`coordinator`, `distributed`) make one run: the
+    first reads and writes the files.
+
+    Args:
+      config: the run.
+      console: a `rich` console for the progress display; None: standard output.
+
+    Returns:
+      Parameters, metrics by column and the summary: `test_accuracy` and `test_loss` (fraction, nats),
+      `optimizer_steps`, `examples`, `initial_batch_size`, `final_batch_size`,
+      `train_step_compilations`, `seconds` (training alone), `skipped_steps`, `resumed_after` (the step
+      of the checkpoint that the run went on from, or None), the configuration and,
+      where AutoWU found the rate, `warmup`: why it `ended`, after how many `examples`, the
+      `peak_learning_rate` at the first batch size, `tests` and `setbacks`; where the curvature was
+      measured, `curvature`: what it was last, `refreshes` and `failed_refreshes`.
+
+    Raises:
+      ValueError: the data cannot be used.
+      OSError: the output folder cannot be written.
+      TrainingError: the loss stays not finite.
+      ProcessLost: another process of the run does not answer.
+      RunInterrupted: Ctrl-C or SIGTERM ended the run between two steps.
+
+    Example:
+      >>> import tempfile
+      >>> from adabatch_jax.training import TrainConfig, train
+      >>> with tempfile.TemporaryDirectory() as out:
+      ...     result = train(TrainConfig(model="logistic", epochs=1, out=out))
+      training on 1,437 examples...
+      >>> result.summary["examples"]
+      1437
+    """
+    connect(config)
+    dataset = _load(config)
+    config = config.resolved(len(dataset.train_labels))
+    budget = config.epochs * len(dataset.train_labels)
+    build_optimizer(
+        config, budget
+    )  # what it refuses, it refuses before a line or a file is written
+    main = jax.process_index() == 0
+    out = prepare_output(config.output) if main else config.output
+
+    def warn(line: str) -> None:
+        to = console or rich.console.Console(stderr=True)
+        to.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+
+    run = Run(config, dataset)
+    checkpoints = Checkpoints(
+        out / "state",
+        _about(config, dataset),
+        budget=budget,
+        lag=config.lag,
+        keep=config.keep,
+        warn=warn,
+    )
+    begin = _beginning(config, checkpoints, run.first)
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        on_row, flush = _recorder(out, budget, begin, console, stack) if main else _silence()
+        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+        requested = stack.enter_context(between_steps(*numbers))
+
+        def after_step(number: int, now: Callable[[], RunState]) -> None:
+            stopped = requested()
+            if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(number):
+                stopped = signal.SIGTERM  # one of the processes got it, and all are at this step
+            every = config.checkpoint_every
+            if stopped == signal.SIGTERM or (every and (stopped or number % every == 0)):
+                state = now()
+                flush()  # the rows up to this step are on the disk before the checkpoint is
+                checkpoints.save(state)
+            if stopped:
+                checkpoints.close()
+                raise RunInterrupted(stopped, number, saved=bool(checkpoints.last_saved == number))
+
+        start = time.perf_counter()
+        try:
+            done = run(begin, on_row, after_step)
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            raise ProcessLost(
+                f"another process does not answer ({str(error).splitlines()[0][:200]}); start all "
+                "again with --resume auto"
+            ) from None
+        seconds = begin.seconds + time.perf_counter() - start
+        if config.checkpoint_every:
+            flush()
+            checkpoints.save(done)
+    if not main:
+        return TrainResult(done.params, {}, {})
+
+    columns = read_metrics(out / "metrics.csv")
+    inputs, labels = jnp.asarray(dataset.test_inputs), jnp.asarray(dataset.test_labels)
+    test_loss, test_accuracy = make_evaluation(run.apply)(done.params, inputs, labels)
+    summary = {
+        "test_accuracy": float(test_accuracy),
+        "test_loss": float(test_loss),
+        "optimizer_steps": len(columns["step"]),
+        "examples": int(columns["examples"][-1]),
+        "initial_batch_size": config.initial_batch_size,
+        "final_batch_size": int(columns["next_batch_size"][-1]),
+        "train_step_compilations": run.compilations,
+        "skipped_steps": int(columns["skipped"].sum()),
+        "seconds": seconds,
+        "resumed_after": begin.step or None,
+        "versions": {"adabatch_jax": adabatch.__version__, "jax": jax.__version__},
+        "device": f"{run.num_devices} {jax.devices()[0].device_kind}",
+        "config": {**dataclasses.asdict(config), "out": str(out)},
+    }
+    title = f"{config.dataset} · {config.model} · {config.optimizer} · test accuracy {test_accuracy:.3f}"
+    smoothed = None
+    if config.auto or config.schedule in FINDS_ITS_RATE:
+        smoothed = adabatch.smoothed_losses(done.opt_state)
+        summary["warmup"] = _warmup(adabatch.metrics(done.opt_state), smoothed)
+    if config.measures_curvature:
+        summary["curvature"] = _curvature(adabatch.metrics(done.opt_state))
+    save_params(out / "checkpoint", done.params)
+    write_json(out / "summary.json", summary)
+    plot_run(columns, title=title, smoothed=smoothed, path=out / "run.png")
+    return TrainResult(done.params, columns, summary)
+
+
+def _load(config: TrainConfig) -> Dataset:
+    if config.data_file is not None:
+        dataset = load_text(config.data_file)
+    else:
+        dataset = load_dataset(config.dataset, config.data_dir)
+    check_dataset(dataset)
+    return dataset
+
+
+def _about(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    """What makes two runs the same run."""
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in OUTSIDE_THE_RUN}
+    arrays = (dataset.train_inputs, dataset.train_labels)
+    return {**fields, "checksum of the data": data_checksum(*arrays)}
+
+
+def _beginning(config: TrainConfig, checkpoints: Checkpoints, first: RunState) -> RunState:
+    """Where the run begins: anew, or at the newest checkpoint."""
+    if config.resume in ("always", "auto"):
+        found = checkpoints.restore(first)
+        if found is None and config.resume == "always":
+            raise ValueError(f"train: --resume: no checkpoint in {checkpoints.folder}")
+        return first if found is None else found
+    if jax.process_index() == 0:
+        unfinished = checkpoints.unfinished()
+        if config.resume is None and unfinished is not None:
+            raise ValueError(
+                f"train: {checkpoints.folder} holds an unfinished run, at step {unfinished}: "
+                "--resume goes on with it, --resume never starts anew"
+            )
+        checkpoints.clear()
+    return first
+
+
+def _recorder(
+    out: Path,
+    budget: int,
+    begin: RunState,
+    console: rich.console.Console | None,
+    stack: contextlib.ExitStack,
+) -> tuple[Callable[[Row], None], Callable[[], None]]:
+    """What is done with every row of numbers, and a function that makes them outlive the process."""
+    writer = stack.enter_context(MetricsWriter(out / "metrics.csv", COLUMNS, keep_rows=begin.step))
+    progress = stack.enter_context(Progress(budget, console, start=begin.position))
+
+    def on_row(row: Row) -> None:
+        writer.write(row)
+        progress.update(
+            row["examples"],
+            float(row["loss"]),
+            row["batch_size"],
+            float(row["learning_rate"]),
+            float(row["noise_scale"]),
+        )
+
+    return on_row, writer.flush
+
+
+def _silence() -> tuple[Callable[[Row], None], Callable[[], None]]:
+    return lambda row: None, lambda: None
+
+
+def _curvature(shown: dict[str, Any]) -> dict[str, Any]:
+    """What the last measurement of the curvature led to."""
+    names = ("curvature_largest", "transition_batch_size", "momentum")
+    counts = {k: int(shown[k]) for k in ("refreshes", "failed_refreshes")}
+    return {**{k: float(shown[k]) for k in names if k in shown}, **counts}
+
+
+def _warmup(shown: dict[str, Any], smoothed: adabatch.SmoothedLosses) -> dict[str, Any]:
+    """How AutoWU's warm-up went; numbers that are not known are null."""
+    return {
+        "ended": adabatch.WarmupEnd(int(shown["warmup_end"])).name,
+        "examples": smoothed.end,
+        "peak_learning_rate": float(shown["peak_learning_rate"]),
+        "tests": int(shown["tests_made"]),
+        "setbacks": int(shown["setbacks"]),
+    }
+
+
+def prepare_output(folder: Path) -> Path:
+    """Makes the folder and shows that it can be written to, before any time is spent.
+
+    Raises:
+      OSError: naming the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"--out {folder} cannot be written: {error.strerror or error}") from None
+    return folder
