@@ -46,6 +46,7 @@ from adabatch_jax.curvature import (
     lanczos_spectrum,
     max_stable_learning_rate,
     spectral_density,
+    top_eigenvector,
     transition_batch_size,
 )
 from adabatch_jax.learning_rate import (
@@ -150,6 +151,7 @@ __all__ = [
     "spectral_density",
     "split_groups",
     "sqrt_scaling",
+    "top_eigenvector",
     "transition_batch_size",
     "value_and_grad_noise",
 ]

@@ -1,7 +1,8 @@
 """How sharp is the loss, and what does a batch show of it?
 
 * `hessian_vector_product` and `gauss_newton_vector_product` make a curvature matrix a function.
-* `lanczos_spectrum` finds the ends of its spectrum, `spectral_density` all of it.
+* `lanczos_spectrum` finds the ends of its spectrum, `spectral_density` all of it, `top_eigenvector` the
+  direction of its largest eigenvalue.
 * `hessian_noise` is how much the Hessians of examples differ, `fit_hessian_noise` the same from
   eigenvalues at several batch sizes; `batch_sharpness` is the curvature along mini-batch gradients.
 
@@ -45,7 +46,7 @@ from adabatch_jax.curvature._products import (
     gauss_newton_vector_product,
     hessian_vector_product,
 )
-from adabatch_jax.curvature._spectrum import Spectrum, lanczos_spectrum
+from adabatch_jax.curvature._spectrum import Spectrum, lanczos_spectrum, top_eigenvector
 from adabatch_jax.curvature._stability import max_stable_learning_rate
 
 __all__ = [
@@ -71,5 +72,6 @@ __all__ = [
     "lanczos_spectrum",
     "max_stable_learning_rate",
     "spectral_density",
+    "top_eigenvector",
     "transition_batch_size",
 ]

@@ -169,6 +169,60 @@ def test_a_start_allows_one_probe():
         )
 
 
+def test_the_top_eigenvector_has_the_residual_it_claims():
+    """Of an unfinished run: the Ritz pair as NumPy has it, and the same run as the spectrum's."""
+    a = matrix(np.linspace(-12.0, 10.0, 300))
+    found, vector = adabatch.top_eigenvector(lambda v: a @ v, a[0], KEY, num_steps=6)
+    wide, v = np.asarray(a, np.float64), np.asarray(vector, np.float64)
+    np.testing.assert_allclose(np.linalg.norm(v), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(v @ wide @ v, found.largest, rtol=1e-5)
+    residual = np.linalg.norm(wide @ v - float(found.largest) * v)
+    assert residual > 0.1
+    np.testing.assert_allclose(residual, found.residuals[0, -1], rtol=1e-3)
+    same = adabatch.lanczos_spectrum(lambda v: a @ v, a[0], KEY, num_steps=6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, same)
+
+
+def test_a_run_that_ends_early_gives_its_top_eigenvector():
+    diagonal = {"a": jnp.array([4.0, 1.0]), "b": jnp.array([[2.0], [-5.0]])}
+    multiply = lambda v: jax.tree.map(jnp.multiply, diagonal, v)  # noqa: E731
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), diagonal)
+    found, vector = adabatch.top_eigenvector(multiply, half, KEY, num_steps=9)
+    assert vector["a"].dtype == jnp.float32
+    np.testing.assert_allclose(found.largest, 4.0, rtol=1e-5)
+    np.testing.assert_allclose(np.abs(vector["a"]), [1.0, 0.0], atol=1e-5)
+    np.testing.assert_allclose(vector["b"], [[0.0], [0.0]], atol=1e-5)
+
+
+def test_the_top_eigenvector_of_a_part_needs_one_step_with_the_whole():
+    """λ₁ of the whole is wrong by the square of the angle, and its residual by the angle."""
+
+    def loss(w, a):
+        return 0.5 * w @ a @ w
+
+    whole = matrix(np.r_[10.0, 5.0, -3.0, BULK])
+    noise = matrix(0.15 * np.sign(np.r_[BULK, BULK[:3]]), seed=2)
+    params = jnp.ones(300)
+    part = adabatch.hessian_vector_product(loss, params, whole + noise)
+    start = jax.random.normal(jax.random.key(9), (300,))
+    _, vector = adabatch.top_eigenvector(part, params, KEY, num_steps=12, start=1e-25 * start)
+    product = adabatch.hessian_vector_product(loss, params, whole)
+    found = adabatch.lanczos_spectrum(product, params, KEY, num_steps=1, start=vector)
+    np.testing.assert_allclose(found.largest, 10.0, rtol=1e-3)
+    assert bool(found.converged(2e-2))
+    blind = adabatch.lanczos_spectrum(product, params, KEY, num_steps=1)
+    assert float(blind.largest) < 5.0 and not bool(blind.converged(2e-2))
+
+
+def test_bad_arguments_of_the_top_eigenvector_are_named():
+    with pytest.raises(ValueError, match="top_eigenvector: num_steps must be a positive integer"):
+        adabatch.top_eigenvector(lambda v: v, jnp.ones(3), KEY, num_steps=0)
+    with pytest.raises(ValueError, match="top_eigenvector: params must hold"):
+        adabatch.top_eigenvector(lambda v: v, {}, KEY, num_steps=3)
+    with pytest.raises(ValueError, match="operator"):
+        adabatch.top_eigenvector(3, jnp.ones(3), KEY, num_steps=3)
+
+
 def test_the_basis_is_not_copied():
     """Memory of a run is that of its vectors: copies of the basis would double or quadruple it."""
 
