@@ -93,8 +93,9 @@ def _spelled_out(arguments: Sequence[str]) -> list[str]:
 
 def _show(result: Any) -> None:
     s = result.summary
+    bits = f" ({s['bits_per_byte']:.3f} bits per byte)" if "bits_per_byte" in s else ""
     print(
-        f"test accuracy {s['test_accuracy']:.4f}, loss {s['test_loss']:.4f} after "
+        f"test accuracy {s['test_accuracy']:.4f}, loss {s['test_loss']:.4f}{bits} after "
         f"{s['optimizer_steps']} steps on {s['examples']} examples; batch size "
         f"{s['initial_batch_size']} → {s['final_batch_size']}; {s['train_step_compilations']} "
         f"compilations, {s['seconds']:.1f} s"

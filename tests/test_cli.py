@@ -1,6 +1,7 @@
 """The command, as a user runs it: messages, exit status, files."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import pytest
 
 from adabatch_jax.cli import main
-from adabatch_jax.training import _report_spectrum
+from adabatch_jax.training import _report_spectrum, _train, load_dataset
 
 
 def test_a_small_run_prints_its_result_and_where_it_lies(tmp_path, capsys):
@@ -171,3 +172,37 @@ def test_the_module_runs_as_the_command_does():
     assert done.stderr.splitlines()[-1] == (
         "adabatch-jax: train: --eta must be a positive number, got -1.0"
     )
+
+
+def test_resume_alone_means_always(tmp_path, capsys):
+    assert main(["train", "--resume", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said == f"adabatch-jax: train: --resume: no checkpoint in {tmp_path / 'state'}\n"
+    assert main(["train", "--out", str(tmp_path), "--resume"]) == 2
+
+
+def test_data_that_cannot_be_learned_are_refused_before_a_file_is_written(
+    tmp_path, capsys, monkeypatch
+):
+    digits = load_dataset("digits")
+    wrong = digits._replace(train_labels=digits.train_labels + 1)
+    monkeypatch.setattr(_train, "load_dataset", lambda *_: wrong)
+    assert main(["train", "--out", str(tmp_path / "out")]) == 2
+    assert "label 10 of example" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_is_learned(tmp_path, capsys):
+    words = "the quick brown fox jumps over the lazy dog "
+    (tmp_path / "text").write_text(words * 400)
+    arguments = ["--dataset", "text", "--data-file", str(tmp_path / "text"), "--epochs", "4"]
+    arguments += ["--model", "transformer", "--optimizer", "adam", "--learning-rate", "0.003"]
+    arguments += ["--eta", "0.1"]  # one sentence again and again is not noisy
+    assert main(["train", *arguments, "--out", str(tmp_path / "out")]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["bits_per_byte"] == pytest.approx(summary["test_loss"] / math.log(2))
+    assert summary["bits_per_byte"] < 4.5, (
+        "eight for a guess, four and a half for its letters alone"
+    )
+    assert summary["final_batch_size"] > summary["initial_batch_size"]

@@ -227,9 +227,8 @@ class TrainConfig:
         by_hand = ("coordinator", "num_processes", "process_id")
         given = [name for name in by_hand if getattr(self, name) is not None]
         if self.distributed is not None and given:
-            raise ValueError(
-                f"train: --distributed auto finds it by itself, leave out --{given[0]}"
-            )
+            name = _spelled(given[0])
+            raise ValueError(f"train: --distributed auto finds it by itself, leave out {name}")
         if given and len(given) < len(by_hand):
             missing = ", ".join(_spelled(name) for name in by_hand if name not in given)
             raise ValueError(f"train: {_spelled(given[0])} needs {missing}, too")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -61,8 +62,8 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
       Parameters, metrics by column and the summary: `test_accuracy` and `test_loss` (fraction, nats),
       `optimizer_steps`, `examples`, `initial_batch_size`, `final_batch_size`,
       `train_step_compilations`, `seconds` (training alone), `skipped_steps`, `resumed_after` (the step
-      of the checkpoint that the run went on from, or None), the configuration and,
-      where AutoWU found the rate, `warmup`: why it `ended`, after how many `examples`, the
+      of the checkpoint that the run went on from, or None), `bits_per_byte` of a text, the
+      configuration and, where AutoWU found the rate, `warmup`: why it `ended`, after how many `examples`, the
       `peak_learning_rate` at the first batch size, `tests` and `setbacks`; where the curvature was
       measured, `curvature`: what it was last, `refreshes` and `failed_refreshes`.
 
@@ -160,6 +161,8 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         "device": f"{run.num_devices} {jax.devices()[0].device_kind}",
         "config": {**dataclasses.asdict(config), "out": str(out)},
     }
+    if config.dataset == "text":
+        summary["bits_per_byte"] = float(test_loss) / math.log(2)
     title = f"{config.dataset} · {config.model} · {config.optimizer} · test accuracy {test_accuracy:.3f}"
     smoothed = None
     if config.auto or config.schedule in FINDS_ITS_RATE:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-AIMS = {"warm-up": 3, "save": 5, "compilation": 3, "growth": 3, "any moment": 6}
+AIMS = {"warm-up": 3, "growth": 3, "save": 5, "compilation": 3, "any moment": 6}
 LATEST = 0.9  # of the run
 
 
@@ -73,6 +73,7 @@ class Killer:
         self.arguments, self.out, self.examples = arguments, out, examples
         self.rng = np.random.default_rng(seed)
         self.met: Counter[str] = Counter()
+        self.done = 0.0  # of the run, when it was last heard of
 
     def start(self) -> subprocess.Popen[str]:
         command = [sys.executable, __file__, "--child", *self.arguments, "--out", str(self.out)]
@@ -87,21 +88,21 @@ class Killer:
         """Kills at the first moment that `aim` names, once `least` of the run is done."""
         process = self.start()
         assert process.stdout
-        done, warm, wait = 0.0, False, 0
+        warm, wait = False, 0
         for line in process.stdout:
             word, *numbers = line.split()
             if word == "step":
                 _, examples, size, after, phase = map(int, numbers)
-                done, warm, wait = examples / self.examples, phase == 0, wait + 1
+                self.done, warm, wait = examples / self.examples, phase == 0, wait + 1
                 grows = after > size
             hit = {
                 "warm-up": word == "step" and warm and wait > 5 and self.rng.random() < 0.05,
-                "save": word == "saving",
+                "save": word == "saving" and self.rng.random() < 0.3,
                 "compilation": word == "compiling",
                 "growth": word == "step" and grows,
                 "any moment": word == "step" and self.rng.random() < 0.05,
             }[aim]
-            if (hit and done >= least) or done > LATEST - 0.02:
+            if (hit and self.done >= least) or self.done > LATEST - 0.02:
                 break
         else:
             raise SystemExit(f"the run ended before it could be killed ({aim}, {least:.2f})")
@@ -122,7 +123,7 @@ class Killer:
             "any moment": True,
         }[aim]
         self.met[aim if met else "any moment"] += 1
-        return ("" if met else "aimed at ") + aim, done
+        return ("" if met else "aimed at ") + aim, self.done
 
 
 def compare(one: Path, other: Path) -> int:
@@ -158,13 +159,13 @@ def main() -> None:
     lines = process.communicate()[0].splitlines()
     assert process.returncode == 0
     grown = [line.split() for line in lines if line.startswith("step")]
-    print(f"left alone: {len(grown)} steps, batch size {grown[0][3]} → {grown[-1][3]}")
+    print(f"left alone: {len(grown)} steps, batch size {grown[0][3]} → {grown[-1][3]}", flush=True)
 
     killer = Killer(arguments, options.out / "killed", examples, options.seed)
     number = 0
     while missing := [aim for aim, wanted in AIMS.items() if killer.met[aim] < wanted]:
         aim = missing[0]
-        least = 0.0 if aim != "any moment" else 0.8 * killer.met[aim] / AIMS[aim]
+        least = 0.8 * killer.met[aim] / AIMS[aim] if aim in ("any moment", "save") else 0.0
         what, done = killer.run_until(aim, least)
         number += 1
         print(f"kill {number:2d}: {what:24s} at {100 * done:4.1f} %", flush=True)

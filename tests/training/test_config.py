@@ -8,6 +8,7 @@ from adabatch_jax.training._config import CRITERIA, DIRECTIONS, SCALINGS, SCHEDU
 from adabatch_jax.training._optimizer import build_direction
 
 LANCZOS = {"optimizer": "lanczos-sgd"}
+BY_HAND = {"coordinator": "h:1", "num_processes": 2, "process_id": 1}
 
 
 @pytest.mark.parametrize(
@@ -15,7 +16,7 @@ LANCZOS = {"optimizer": "lanczos-sgd"}
     [
         (
             {"dataset": "cifar"},
-            "--dataset must be one of digits, mnist, fashion-mnist, got 'cifar'",
+            "--dataset must be one of digits, mnist, fashion-mnist, text, got 'cifar'",
         ),
         ({"model": "vit"}, "--model must be one of"),
         ({"optimizer": "adamax"}, "--optimizer must be one of"),
@@ -46,6 +47,21 @@ LANCZOS = {"optimizer": "lanczos-sgd"}
         (LANCZOS | {"schedule": "autowu"}, "leave out --schedule autowu"),
         (LANCZOS | {"auto": True}, "leave out --auto"),
         ({"data_dir": "here"}, "--data-dir has no meaning for --dataset digits"),
+        ({"data_file": "here"}, "--data-file has no meaning for --dataset digits"),
+        ({"dataset": "text", "model": "transformer"}, "--dataset text needs --data-file"),
+        ({"model": "transformer"}, "--model transformer does not read --dataset digits"),
+        ({"dataset": "text", "data_file": "f"}, "--model mlp does not read --dataset text"),
+        ({"checkpoint_every": 0}, "--checkpoint-every must be a positive integer, got 0"),
+        ({"keep": 0}, "--keep must be a positive integer, got 0"),
+        ({"resume": "yes"}, "--resume must be one of always, auto, never, got 'yes'"),
+        ({"devices": 0}, "--devices must be a positive integer, got 0"),
+        ({"distributed": "slurm"}, "--distributed must be one of auto, got 'slurm'"),
+        ({"distributed": "auto", "process_id": 0}, "leave out --process-id"),
+        ({"coordinator": "h:1", "num_processes": 2}, "--coordinator needs --process-id, too"),
+        ({"num_processes": 2}, "--num-processes needs --coordinator, --process-id, too"),
+        (BY_HAND | {"coordinator": "h"}, "--coordinator must be HOST:PORT, got 'h'"),
+        (BY_HAND | {"process_id": 2}, "--process-id must lie in [0, 2), got 2"),
+        ({"patience": 0}, "--patience must be a positive integer, got 0"),
     ],
 )
 def test_a_bad_option_is_named_with_its_value(options, message):
