@@ -63,9 +63,10 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
       `optimizer_steps`, `examples`, `initial_batch_size`, `final_batch_size`,
       `train_step_compilations`, `seconds` (training alone), `skipped_steps`, `resumed_after` (the step
       of the checkpoint that the run went on from, or None), `bits_per_byte` of a text, the
-      configuration and, where AutoWU found the rate, `warmup`: why it `ended`, after how many `examples`, the
-      `peak_learning_rate` at the first batch size, `tests` and `setbacks`; where the curvature was
-      measured, `curvature`: what it was last, `refreshes` and `failed_refreshes`.
+      configuration and, where AutoWU found the rate, `warmup`: why it `ended`, after how many
+      `examples`, the `peak_learning_rate` at the first batch size, `tests` and `setbacks`; where the
+      curvature was measured, `curvature`: what it was last, `refreshes` and
+      `failed_refreshes`.
 
     Raises:
       ValueError: the data cannot be used.
