@@ -12,6 +12,7 @@ import optax
 
 import adabatch_jax as adabatch
 from adabatch_jax.training._ladder import Rung
+from adabatch_jax.training._stream import masked_mean
 
 PyTree = Any
 Apply = Callable[[PyTree, jax.Array], jax.Array]
@@ -68,8 +69,7 @@ def make_step(
     ) -> jax.Array:
         index, size = group["index"], group["size"]
         losses, _ = losses_and_logits(apply, params, data[0][index], data[1][index])
-        real = jnp.arange(index.shape[0]) < size
-        return jnp.sum(jnp.where(real, losses, 0.0)) / jnp.maximum(size, 1).astype(jnp.float32)
+        return masked_mean(losses, size)
 
     def curvature_arguments(rows: jax.Array, data: tuple[jax.Array, jax.Array]) -> dict[str, Any]:
         """The loss on fixed examples: of a group, and the mean of all."""

@@ -88,9 +88,8 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
     dataset = _load(config)
     config = config.resolved(len(dataset.train_labels))
     budget = config.epochs * len(dataset.train_labels)
-    build_optimizer(
-        config, budget
-    )  # what it refuses, it refuses before a line or a file is written
+    # What it refuses, it refuses before a line or a file is written.
+    build_optimizer(config, budget)
     main = jax.process_index() == 0
     out = prepare_output(config.output) if main else config.output
 

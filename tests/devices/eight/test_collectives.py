@@ -163,7 +163,7 @@ def test_with_fsdp_the_mean_gradient_is_gathered_once():
 
     A plain FSDP step gathers the parameters; ours gathers them once, whatever the number of loops,
     and then the mean gradient, to which every device compares that of its lanes. XLA for GPU and TPU
-    makes of the gradient's all-reduce a reduce-scatter, so that with the gather it is one all-reduce.
+    may make of the gradient's all-reduce a reduce-scatter, so that with the gather it is one all-reduce.
     """
     split = [shape for shape in shapes_of(WIDE) if WIDE in shape]
     gathered, gradient = arrays("all-gather", *split), arrays("all-reduce", *shapes_of(WIDE))
