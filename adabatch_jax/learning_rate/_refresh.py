@@ -30,6 +30,7 @@ class Refresh:
         """
         _validate.one_of(where, UNITS, refresh_unit=refresh_unit)
         _validate.positive_int(where, refresh_every=refresh_every)
+        _validate.between(where, 1, 2**32, refresh_every=refresh_every)  # the clock is a uint32
         return cls(refresh_every, refresh_unit)
 
     @property

@@ -200,6 +200,7 @@ def test_inside_adaptive_multi_steps_it_measures_once_per_batch():
     [
         ({"variant": "newton"}, "variant must be one of .*, got 'newton'"),
         ({"refresh_every": 0}, "refresh_every must be a positive integer, got 0"),
+        ({"refresh_every": 2**32}, "refresh_every must lie in .*, got 4294967296"),
         ({"refresh_unit": "day"}, "refresh_unit must be one of step, example, got 'day'"),
         ({"num_steps": 0}, "num_steps must be a positive integer, got 0"),
         ({"max_momentum": 1.0}, "max_momentum must lie in .*, got 1.0"),
