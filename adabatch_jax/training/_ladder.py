@@ -54,3 +54,33 @@ def rung_for(
     if 2 * micro <= max_micro_batch_size:  # from here on the next rung takes over
         largest = min(largest, max(2 * micro * noise_groups, initial_batch_size))
     return Rung(micro, -(-largest // micro))
+
+
+def rung_after(
+    rung: Rung,
+    *,
+    initial_batch_size: int,
+    max_batch_size: int,
+    max_micro_batch_size: int,
+    noise_groups: int,
+) -> Rung | None:
+    """The next rung that a growing batch comes to; None at the top. Arguments as for `rung_for`.
+
+    Example:
+      >>> ladder = dict(initial_batch_size=64, max_batch_size=8192, max_micro_batch_size=256,
+      ...               noise_groups=8)
+      >>> rung_after(Rung(micro_batch_size=8, num_groups=16), **ladder)
+      Rung(micro_batch_size=16, num_groups=16)
+      >>> rung_after(Rung(micro_batch_size=256, num_groups=32), **ladder) is None
+      True
+    """
+    least = 2 * rung.micro_batch_size * noise_groups
+    if 2 * rung.micro_batch_size > max_micro_batch_size or least > max_batch_size:
+        return None
+    return rung_for(
+        least,
+        initial_batch_size=initial_batch_size,
+        max_batch_size=max_batch_size,
+        max_micro_batch_size=max_micro_batch_size,
+        noise_groups=noise_groups,
+    )

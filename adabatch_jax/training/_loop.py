@@ -16,7 +16,7 @@ from adabatch_jax.training._config import TrainConfig
 from adabatch_jax.training._data import Dataset
 from adabatch_jax.training._devices import Devices, as_before, on_host
 from adabatch_jax.training._feed import Feed
-from adabatch_jax.training._ladder import rung_for
+from adabatch_jax.training._ladder import Rung, rung_after, rung_for
 from adabatch_jax.training._optimizer import build_optimizer, known
 from adabatch_jax.training._resume import RunState
 from adabatch_jax.training._step import CompiledSteps, make_step
@@ -131,6 +131,11 @@ class Run:
         """How many times the step has been compiled."""
         return self._step.compilations
 
+    @property
+    def seconds_waited(self) -> float:
+        """How long the loop has waited for compilations."""
+        return self._step.seconds_waited
+
     def __call__(
         self,
         state: RunState,
@@ -155,6 +160,12 @@ class Run:
         first, largest = known(config.initial_batch_size), known(config.max_batch_size)
         if config.criterion == "none":
             largest = first
+        ladder = dict(
+            initial_batch_size=first,
+            max_batch_size=largest,
+            max_micro_batch_size=config.max_micro_batch_size,
+            noise_groups=config.noise_groups,
+        )
         params, opt_state = devices.replicate((state.params, state.opt_state))
         data = devices.replicate(self._data)
         skipped_in_a_row = state.skipped_in_a_row
@@ -192,20 +203,13 @@ class Run:
         while position < self.budget:
             if len(decided) > config.lag:
                 batch_size = read(decided.popleft())
-            rung = rung_for(
-                batch_size,
-                initial_batch_size=first,
-                max_batch_size=largest,
-                max_micro_batch_size=config.max_micro_batch_size,
-                noise_groups=config.noise_groups,
-            )
+            rung = rung_for(batch_size, **ladder)
             length = min(batch_size, self.budget - position)
-            indices, sizes = self._feed.grouped(
-                position, length, rung.micro_batch_size, devices.groups(rung.num_groups)
-            )
-            loops = devices.loops(-(-length // rung.micro_batch_size))
-            batch = devices.spread(indices), devices.spread(sizes), loops
+            batch = self._batch(rung, position, length)
             params, opt_state, report = self._step(rung, params, opt_state, data, *batch)
+            upper = rung_after(rung, **ladder)
+            if upper is not None and upper not in self._step:  # compiled while training goes on
+                self._step.prepare(upper, params, opt_state, data, *self._batch(upper, 0, 0))
             position += length
             number += 1
             row = {
@@ -218,10 +222,19 @@ class Run:
             if after_step is not None:
                 after_step(number, now)
         done = now()
+        self._step.close()
         trained = done.params, done.opt_state
         if devices.number > 1:
             trained = as_before(on_host(trained), trained)
         return done._replace(params=trained[0], opt_state=trained[1])
+
+    def _batch(self, rung: Rung, position: int, length: int) -> tuple[Any, Any, Any]:
+        """A stretch of the stream, on the devices: indices, sizes of the groups, loops to make."""
+        indices, sizes = self._feed.grouped(
+            position, length, rung.micro_batch_size, self._devices.groups(rung.num_groups)
+        )
+        loops = self._devices.loops(-(-length // rung.micro_batch_size))
+        return self._devices.spread(indices), self._devices.spread(sizes), loops
 
 
 def _read_back(launched: _Launched, seconds: float) -> tuple[Row, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -122,23 +124,50 @@ def make_step(
 
 
 class CompiledSteps:
-    """The step, compiled once for each rung of the ladder, when first needed."""
+    """The step, compiled once for each rung of the ladder: when first needed, or before in the background.
+
+    Only XLA works in the background. Tracing stays on the caller's thread, whose JAX settings it obeys.
+
+    Attributes:
+      seconds_waited: for compilations, by the caller.
+    """
 
     def __init__(self, step: Callable[..., Any]) -> None:
         """Keeps `step`, whose parameters and optimizer state will be donated."""
         self._jitted = jax.jit(step, donate_argnums=(0, 1))
-        self._compiled: dict[Rung, Callable[..., Any]] = {}
+        self._compiled: dict[Rung, Future[Callable[..., Any]]] = {}
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="compilation")
+        self.seconds_waited = 0.0
 
     @property
     def compilations(self) -> int:
-        """How many times the step has been compiled."""
+        """How many times the step has been compiled, what is under way included."""
         return len(self._compiled)
+
+    def __contains__(self, rung: Rung) -> bool:
+        return rung in self._compiled
+
+    def prepare(self, rung: Rung, *arguments: Any) -> None:
+        """Starts to compile the step of this rung, if nobody has; `arguments` as for the call."""
+        if rung not in self._compiled:
+            lowered = self._jitted.lower(*arguments)
+            self._compiled[rung] = self._background.submit(_compile, lowered)
 
     def __call__(self, rung: Rung, *arguments: Any) -> tuple[PyTree, PyTree, dict[str, Any]]:
         """Runs the step of this rung."""
-        if rung not in self._compiled:
-            self._compiled[rung] = self._jitted.lower(*arguments).compile()
-        return self._compiled[rung](*arguments)
+        start = time.perf_counter()
+        self.prepare(rung, *arguments)
+        compiled = self._compiled[rung].result()
+        self.seconds_waited += time.perf_counter() - start
+        return compiled(*arguments)
+
+    def close(self) -> None:
+        """Waits for a compilation that nobody needs any more, and begins no other."""
+        self._background.shutdown(cancel_futures=True)
+
+
+def _compile(lowered: Any) -> Callable[..., Any]:
+    return lowered.compile()
 
 
 def make_evaluation(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -61,12 +61,12 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
     Returns:
       Parameters, metrics by column and the summary: `test_accuracy` and `test_loss` (fraction, nats),
       `optimizer_steps`, `examples`, `initial_batch_size`, `final_batch_size`,
-      `train_step_compilations`, `seconds` (training alone), `skipped_steps`, `resumed_after` (the step
-      of the checkpoint that the run went on from, or None), `bits_per_byte` of a text, the
-      configuration and, where AutoWU found the rate, `warmup`: why it `ended`, after how many
-      `examples`, the `peak_learning_rate` at the first batch size, `tests` and `setbacks`; where the
-      curvature was measured, `curvature`: what it was last, `refreshes` and
-      `failed_refreshes`.
+      `train_step_compilations`, `seconds` (training alone), `seconds_waited_for_compilations` (of those;
+      the next rung is compiled while training goes on), `skipped_steps`, `resumed_after` (the step of
+      the checkpoint that the run went on from, or None), `bits_per_byte` of a text, the configuration
+      and, where AutoWU found the rate, `warmup`: why it `ended`, after how many `examples`, the
+      `peak_learning_rate` at the first batch size, `tests` and `setbacks`; where the curvature was
+      measured, `curvature`: what it was last, `refreshes` and `failed_refreshes`.
 
     Raises:
       ValueError: the data cannot be used.
@@ -154,6 +154,7 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         "initial_batch_size": config.initial_batch_size,
         "final_batch_size": int(columns["next_batch_size"][-1]),
         "train_step_compilations": run.compilations,
+        "seconds_waited_for_compilations": run.seconds_waited,
         "skipped_steps": int(columns["skipped"].sum()),
         "seconds": seconds,
         "resumed_after": begin.step or None,

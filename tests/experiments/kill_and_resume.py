@@ -39,15 +39,12 @@ def child(out: Path, epochs: int, every: int) -> None:
     def say(*words: Any) -> None:
         os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
-    step, save, read = _step.CompiledSteps.__call__, _resume.Checkpoints.save, _loop._read_back
+    compile_, save, read = _step._compile, _resume.Checkpoints.save, _loop._read_back
 
-    def noted_step(self: Any, rung: Any, *arguments: Any) -> Any:
-        new = rung not in self._compiled
-        if new:
-            say("compiling")
-        result = step(self, rung, *arguments)
-        if new:
-            say("compiled")
+    def noted_compilation(lowered: Any) -> Any:
+        say("compiling")
+        result = compile_(lowered)
+        say("compiled")
         return result
 
     def noted_save(self: Any, state: Any) -> None:
@@ -59,7 +56,7 @@ def child(out: Path, epochs: int, every: int) -> None:
         say("step", row["step"], row["examples"], row["batch_size"], after, int(row["phase"]))
         return row, after
 
-    _step.CompiledSteps.__call__, _resume.Checkpoints.save = noted_step, noted_save
+    _step._compile, _resume.Checkpoints.save = noted_compilation, noted_save
     _loop._read_back = noted_read
     config = TrainConfig(auto=True, epochs=epochs, out=out, checkpoint_every=every, resume="auto")
     result = train(config)

@@ -12,6 +12,7 @@ from adabatch_jax.training import (
     TrainConfig,
     TrainingError,
     _classifier,
+    _step,
     build_criterion,
     build_model,
     build_optimizer,
@@ -20,6 +21,7 @@ from adabatch_jax.training import (
     run_steps,
     train,
 )
+from adabatch_jax.training._step import CompiledSteps
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,40 @@ def test_the_budget_is_met_exactly_and_the_step_compiled_once_per_rung(finished)
     assert used[-1] <= columns["batch_size"][-1]
     rungs = len(set(columns["micro_batch_size"]))
     assert result.summary["train_step_compilations"] == rungs > 1
+    assert 0 < result.summary["seconds_waited_for_compilations"] < result.summary["seconds"]
+
+
+def test_the_next_rung_is_compiled_before_a_batch_needs_it(digits, monkeypatch):
+    """A step of a new rung finds it begun, and the batch sizes do not hang on when it is ready."""
+    began, entered = [], []
+    prepare, call = CompiledSteps.prepare, CompiledSteps.__call__
+
+    def noted_prepare(self, rung, *arguments):
+        if rung not in self:
+            began.append(rung)
+        prepare(self, rung, *arguments)
+
+    def noted_call(self, rung, *arguments):
+        if not entered or entered[-1] != rung:
+            assert not entered or rung in self, "its compilation should be under way"
+            entered.append(rung)
+        return call(self, rung, *arguments)
+
+    monkeypatch.setattr(CompiledSteps, "prepare", noted_prepare)
+    monkeypatch.setattr(CompiledSteps, "__call__", noted_call)
+    config = TrainConfig(model="logistic", epochs=3, growth_limit=1.5, max_batch_size=100)
+    run_steps(config, digits, lambda row: None)
+    assert began[: len(entered)] == entered and len(entered) >= 2
+    assert len(began) <= len(entered) + 1, "one rung ahead, no more"
+
+
+def test_a_rung_that_fails_to_compile_says_why(digits, monkeypatch):
+    def fail(lowered):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(_step, "_compile", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_steps(TrainConfig(model="logistic", epochs=1), digits, lambda row: None)
 
 
 def test_the_criterion_applied_to_the_columns_gives_every_batch_size(finished):
