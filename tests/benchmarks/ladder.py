@@ -1,0 +1,154 @@
+"""What a growing batch costs in compilations: the ladder against none, and against a naive loop.
+
+    python tests/benchmarks/ladder.py
+
+A run of the MLP on Fashion-MNIST whose batch grows from 64 to at most 8192, by momentum and the norm test,
+in four ways, in turns, `--repeats` times; seconds of the steps, compilations included:
+
+* ladder: as `adabatch-jax train` does it, the next rung compiled in the background;
+* in the foreground: each rung compiled when it is first needed;
+* all before: every rung compiled before the clock starts;
+* naive: a plain step that `jax.jit` compiles anew for each batch size that the first way decided.
+
+Then the time of an example at the largest rung, over that of a plain step with the same batch. About
+five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adabatch_jax.training import Dataset, Feed, TrainConfig, load_dataset
+from adabatch_jax.training._ladder import rung_after, rung_for
+from adabatch_jax.training._loop import Run
+from adabatch_jax.training._step import CompiledSteps, losses_and_logits
+
+CONFIG = TrainConfig(
+    dataset="fashion-mnist",
+    optimizer="momentum",
+    learning_rate=0.02,
+    initial_batch_size=64,
+    max_batch_size=8192,
+)
+LADDER = dict(initial_batch_size=64, max_batch_size=8192, max_micro_batch_size=1024, noise_groups=8)
+
+
+class Foreground(CompiledSteps):
+    """Nothing is compiled ahead: every rung is said to be there."""
+
+    def __contains__(self, rung: Any) -> bool:
+        return True
+
+
+def rungs() -> Iterator[Any]:
+    rung: Any = rung_for(64, **LADDER)
+    while rung is not None:
+        yield rung
+        rung = rung_after(rung, **LADDER)
+
+
+def ours(way: str, epochs: int, dataset: Dataset) -> tuple[float, float, list[int]]:
+    """Seconds, of them waiting for the compiler, and the batch sizes."""
+    config = CONFIG.__class__(**{**vars(CONFIG), "epochs": epochs})
+    run, rows = Run(config, dataset), []
+    state = run.first
+    if way != "ladder":
+        run._step.__class__ = Foreground
+    if way == "all before":
+        data = run._devices.replicate(run._data)
+        for rung in rungs():
+            run._step.prepare(rung, *state[:2], data, *run._batch(rung, 0, 0))
+        for compiled in run._step._compiled.values():
+            compiled.result()
+    start = time.perf_counter()
+    run(state, rows.append)
+    return time.perf_counter() - start, run.seconds_waited, [row["batch_size"] for row in rows]
+
+
+def plain_step(run: Run, optimizer: Any) -> Callable[..., Any]:
+    def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
+        loss = lambda p: jnp.mean(losses_and_logits(run.apply, p, x, y)[0])  # noqa: E731
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def naive(sizes: list[int], dataset: Dataset) -> float:
+    """Seconds of plain steps with these batch sizes."""
+    run, optimizer = Run(CONFIG, dataset), optax.sgd(0.02, momentum=0.9)
+    step, feed = plain_step(run, optimizer), Feed(len(dataset.train_labels), 0)
+    params, position = run.first.params, 0
+    state = optimizer.init(params)
+    start = time.perf_counter()
+    for size in sizes:
+        rows = feed.indices(position, size)
+        x, y = dataset.train_inputs[rows], dataset.train_labels[rows]
+        params, state, _ = step(params, state, x, y)
+        position += size
+    jax.block_until_ready(params)
+    return time.perf_counter() - start
+
+
+def per_example(dataset: Dataset, repeats: int) -> list[float]:
+    """Ratios, ours over plain, of a step with 8192 examples."""
+    run, optimizer = Run(CONFIG, dataset), optax.sgd(0.02, momentum=0.9)
+    (*_, top), plain = rungs(), plain_step(run, optimizer)
+    data, batch = run._devices.replicate(run._data), run._batch(list(rungs())[-1], 0, 8192)
+    rows = run._feed.indices(0, 8192)
+    x, y = (jnp.asarray(v[rows]) for v in (dataset.train_inputs, dataset.train_labels))
+    mine = jax.tree.map(jnp.array, (run.first.params, run.first.opt_state))
+    theirs = jax.tree.map(jnp.array, (run.first.params, optimizer.init(run.first.params)))
+    ratios = []
+    for turn in range(repeats + 1):
+        start = time.perf_counter()
+        mine = jax.block_until_ready(run._step(top, *mine, data, *batch))[:2]
+        middle = time.perf_counter()
+        theirs = jax.block_until_ready(plain(*theirs, x, y))[:2]
+        if turn:  # the first compiles
+            ratios.append((middle - start) / (time.perf_counter() - middle))
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3)
+    options = parser.parse_args()
+    dataset = load_dataset("fashion-mnist")
+    taken: dict[str, list[float]] = {}
+    waited: dict[str, list[float]] = {}
+    for _ in range(options.repeats):
+        for way in ("ladder", "in the foreground", "all before"):
+            seconds, waiting, sizes = ours(way, options.epochs, dataset)
+            taken.setdefault(way, []).append(seconds)
+            waited.setdefault(way, []).append(waiting)
+        taken.setdefault("naive", []).append(naive(sizes, dataset))
+    print(f"{len(sizes)} steps, {len(set(sizes))} batch sizes, {sizes[0]} → {max(sizes)}")
+    print("| way | seconds: min / median / max | of them waiting | over all before | over naive |")
+    print("|---|---|---|---|---|")
+    for way, times in taken.items():
+        over = [
+            statistics.median(a / b for a, b in zip(times, taken[other], strict=True))
+            for other in ("all before", "naive")
+        ]
+        spread = " / ".join(f"{f(times):.1f}" for f in (min, statistics.median, max))
+        wait = f"{np.median(waited[way]):.1f}" if way in waited else "–"
+        print(f"| {way} | {spread} | {wait} | {over[0]:.2f} | {over[1]:.2f} |")
+    ratios = per_example(dataset, 20)
+    spread = " / ".join(f"{f(ratios):.2f}" for f in (min, statistics.median, max))
+    print(f"time of an example at the largest rung over a plain step: {spread}")
+
+
+if __name__ == "__main__":
+    main()
