@@ -98,8 +98,8 @@ def _show(result: Any) -> None:
         f"test accuracy {s['test_accuracy']:.4f}, loss {s['test_loss']:.4f}{bits} after "
         f"{s['optimizer_steps']} steps on {s['examples']} examples; batch size "
         f"{s['initial_batch_size']} → {s['final_batch_size']}; {s['train_step_compilations']} "
-        f"compilations, {s['seconds']:.1f} s, {s['seconds_waited_for_compilations']:.1f} of them "
-        "waiting for compilations"
+        f"compilations, {s['seconds']:.1f} s ({s['seconds_waited_for_compilations']:.1f} s waiting for "
+        "them)"
     )
     if "warmup" in s:
         w = s["warmup"]

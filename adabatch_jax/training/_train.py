@@ -164,7 +164,10 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
     }
     if config.dataset == "text":
         summary["bits_per_byte"] = float(test_loss) / math.log(2)
-    title = f"{config.dataset} · {config.model} · {config.optimizer} · test accuracy {test_accuracy:.3f}"
+        reached = f"{summary['bits_per_byte']:.3f} bits per byte"
+    else:
+        reached = f"test accuracy {test_accuracy:.3f}"
+    title = f"{config.dataset} · {config.model} · {config.optimizer} · {reached}"
     smoothed = None
     if config.auto or config.schedule in FINDS_ITS_RATE:
         smoothed = adabatch.smoothed_losses(done.opt_state)
