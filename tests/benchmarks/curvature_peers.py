@@ -28,9 +28,9 @@ is no property of a library: matfree would take one as well, by hand. Memory is 
 allots beyond arguments and results; for PyHessian what the process grows by.
 
 Expected. Steps from random starts, the gradient, an eighth: MLP 9, 4, 2, trained 7, 4, 4; CNN 4, 4, 1,
-trained 6, 5, 4, since its two largest eigenvalues, 75.1 and 68.6, are close. The fastest of ours over
-matfree: MLP 20 / 72 ms, trained 24 / 45 (gradient); CNN 181 / 405 ms, trained 469 / 528. With the same
-start, products of ours and matfree cost the same on the CNN.
+trained 6, 5, 4, since its two largest eigenvalues, 75.1 and 68.6, are close. The fastest of ours over the
+best peer, with medians in ms: MLP 21 / 76, trained 40 / 52; CNN 329 / 526, trained 557 / 620. With the
+same start, products of ours and matfree cost the same on the CNN.
 """
 
 from __future__ import annotations
