@@ -70,7 +70,15 @@ from adabatch_jax.learning_rate import (
     smoothed_losses,
     sqrt_scaling,
 )
-from adabatch_jax.noise import GradientNoise, merge_noise, split_groups, value_and_grad_noise
+from adabatch_jax.noise import (
+    GradientNoise,
+    Recommendation,
+    merge_noise,
+    recommend_estimator,
+    split_groups,
+    value_and_grad_noise,
+    value_and_grad_signs,
+)
 from adabatch_jax.optimizers import (
     adadagrad,
     adadagrad_norm,
@@ -97,6 +105,7 @@ __all__ = [
     "GradientNoise",
     "HessianExtremes",
     "HessianFit",
+    "Recommendation",
     "SmoothedLosses",
     "SpectralDensity",
     "Spectrum",
@@ -133,6 +142,7 @@ __all__ = [
     "metrics",
     "norm_test",
     "random_matrix_scaling",
+    "recommend_estimator",
     "return_to_minimum",
     "scale_by_adagrad_norm",
     "scale_by_adamp",
@@ -154,4 +164,5 @@ __all__ = [
     "top_eigenvector",
     "transition_batch_size",
     "value_and_grad_noise",
+    "value_and_grad_signs",
 ]

@@ -6,6 +6,8 @@ examples, micro-batches that accumulation makes anyway, devices. `merge_noise` j
 
 * `value_and_grad_noise` takes the gradient of a loss over groups and measures the noise on the way.
 * `split_groups` cuts a batch into groups.
+* `value_and_grad_signs` is for batches that cannot be cut: random signs, one backward pass more.
+* `recommend_estimator` compares them by cost and by standard error.
 
 Parameters and models may be bfloat16: statistics are float32 all the same. A float16 model wants its
 loss scaled, lest small gradients become 0, and the scale halved when one overflows. Mean and scatter are
@@ -55,5 +57,15 @@ inner products want a forward pass along the scaled gradient, which float16 cann
 from adabatch_jax.noise._estimate import value_and_grad_noise
 from adabatch_jax.noise._gradient_noise import GradientNoise, merge_noise
 from adabatch_jax.noise._groups import split_groups
+from adabatch_jax.noise._recommend import Recommendation, recommend_estimator
+from adabatch_jax.noise._signs import value_and_grad_signs
 
-__all__ = ["GradientNoise", "merge_noise", "split_groups", "value_and_grad_noise"]
+__all__ = [
+    "GradientNoise",
+    "Recommendation",
+    "merge_noise",
+    "recommend_estimator",
+    "split_groups",
+    "value_and_grad_noise",
+    "value_and_grad_signs",
+]

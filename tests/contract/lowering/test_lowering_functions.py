@@ -19,7 +19,10 @@ from adabatch_jax.training._spectrum_batches import compile_measures
 
 GROUPS = np.arange(1, 9, dtype=np.float32).reshape(4, 2)
 SIZES, EXTREMES = np.float32([16, 64, 256]), np.float32([3.0, 2.0, 1.5])
-ON_THE_HOST = {"smoothed_losses"}  # how much it returns depends on the state
+ON_THE_HOST = {
+    "smoothed_losses",  # how much it returns depends on the state
+    "recommend_estimator",  # plain numbers in, plain numbers out
+}
 
 
 def loss_fn(params, group):
@@ -41,6 +44,18 @@ def square_loss(outputs, targets):
 def value_and_grad_noise(params, *, groups=GROUPS, **options):
     noisy = adabatch.value_and_grad_noise(loss_fn, **options)
     return lambda params, count: noisy(params, groups, count=count), params, np.int32(2)
+
+
+def value_and_grad_signs(params, **options):
+    def losses_fn(params, group):
+        return jax.vmap(lambda x: loss_fn(params, x[None]))(group)
+
+    noisy = adabatch.value_and_grad_signs(losses_fn, **options)
+
+    def fn(params, key, count):
+        return noisy(params, GROUPS, jax.random.wrap_key_data(key), count=count)
+
+    return fn, params, np.zeros(2, np.uint32), np.int32(2)
 
 
 def of_noise(function, params):
@@ -130,6 +145,10 @@ FUNCTIONS = {
     ),
     "value_and_grad_noise: lanes": lambda p: value_and_grad_noise(
         p, groups=GROUPS.reshape(2, 2, 2), lanes=True, coordinate_wise=True, inner_products=True
+    ),
+    "value_and_grad_signs": value_and_grad_signs,
+    "value_and_grad_signs: everything": lambda p: value_and_grad_signs(
+        p, num_signs=2, coordinate_wise=True
     ),
     "merge_noise": lambda p: of_noise(lambda noise: adabatch.merge_noise(noise, noise), p),
     "split_groups": lambda p: (lambda x: adabatch.split_groups(x, 2), GROUPS),

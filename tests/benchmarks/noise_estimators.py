@@ -1,0 +1,207 @@
+"""What measuring the noise costs, and what it is worth: groups, random signs, single examples.
+
+    pip install ".[train]"
+    python tests/benchmarks/noise_estimators.py
+
+Three networks, random data, float32, two cores: an MLP (784-1024-1024-10) with a batch of 256, the CNN
+of the command with 128 images of 28 × 28, its transformer with 32 windows of 64 bytes. Plain is
+`jax.value_and_grad` of the mean loss of the same batch. All take turns in one process; the ratio is that
+of one turn, and its minimum, median and maximum are shown. About three minutes a network; problems done
+are kept in runs/benchmarks/noise_estimators.json. `--problem mlp --only time` takes the times alone, in
+30 s.
+
+* groups: `value_and_grad_noise` over 8 or 16 groups, one after the other;
+* signs: `value_and_grad_signs` with one or two sign vectors;
+* per example: `value_and_grad_noise` over groups of one example.
+
+The relative standard error is the deviation of tr Σ over 200 draws of the batch (with replacement, from
+1,024 examples, and new signs), over its mean; of single examples over 20. Beside it stands what the
+degrees of freedom say at worst, √(2/ν). Memory is what XLA allots beyond arguments and results.
+
+Expected, medians over plain. MLP: groups 1.8 and 2.4, signs 1.6 and 2.3, single examples 20; a group costs
+as much as 20 to 30 examples more, since all weights are moved for it. CNN and transformer: groups of 8 or
+16 take about 0.6, as their activations stay in the cache; signs 1.4 to 1.6, and about 2 with two vectors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+import adabatch_jax as adabatch
+from adabatch_jax.training._models import CNN
+from adabatch_jax.training._report import write_json
+from adabatch_jax.training._transformer import Transformer
+
+DRAWS, POOL = 200, 1024
+PyTree = Any
+
+
+class WideMLP(nn.Module):
+    """784-1024-1024-10."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(2):
+            x = nn.relu(nn.Dense(1024)(x))
+        return nn.Dense(10)(x)
+
+
+def problem(name: str) -> tuple[nn.Module, int, jax.Array, jax.Array]:
+    """The network, its batch size, and a pool of inputs and labels."""
+    rng = np.random.default_rng(0)
+    if name == "transformer":
+        text = rng.integers(0, 256, (POOL, 65))
+        return Transformer(256), 32, jnp.asarray(text[:, :-1], jnp.int32), jnp.asarray(text[:, 1:])
+    labels = rng.integers(0, 10, POOL)
+    shape = (784,) if name == "mlp" else (28, 28)
+    # Classes differ in their mean, as images do.
+    x = (rng.normal(size=(10, *shape))[labels] + rng.normal(size=(POOL, *shape))).astype(np.float32)
+    net, size = (WideMLP(), 256) if name == "mlp" else (CNN(10), 128)
+    return net, size, jnp.asarray(x), jnp.asarray(labels)
+
+
+PROBLEMS = ("mlp", "cnn", "transformer")
+
+
+def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], int]]:
+    """Of each, a function of parameters, batch and key, and its degrees of freedom."""
+
+    def losses_fn(params: PyTree, batch: PyTree) -> jax.Array:
+        x, y = batch
+        loss = optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), y)
+        return loss if loss.ndim == 1 else jnp.mean(loss, axis=-1)
+
+    def mean_loss(params: PyTree, batch: PyTree) -> jax.Array:
+        return jnp.mean(losses_fn(params, batch))
+
+    def plain(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
+        return jax.value_and_grad(mean_loss)(params, batch)
+
+    def groups(number: int) -> Callable[..., Any]:
+        fn = adabatch.value_and_grad_noise(mean_loss)
+        return lambda params, batch, key: fn(params, adabatch.split_groups(batch, number))
+
+    def signs(number: int) -> Callable[..., Any]:
+        fn = adabatch.value_and_grad_signs(losses_fn, num_signs=number)
+        return lambda params, batch, key: fn(params, adabatch.split_groups(batch, 1), key)
+
+    return {
+        "plain": (plain, 0),
+        "groups, 8": (groups(8), 7),
+        "groups, 16": (groups(16), 15),
+        "signs, 1": (signs(1), 1),
+        "signs, 2": (signs(2), 2),
+        "per example": (groups(size), size - 1),
+    }
+
+
+def prepare(name: str) -> tuple[dict[str, Any], PyTree, int, jax.Array, jax.Array]:
+    net, size, x, y = problem(name)
+    params = net.init(jax.random.key(0), x[:1])
+    given = (params, (x[:size], y[:size]), jax.random.key(1))
+    compiled = {
+        method: jax.jit(fn).lower(*given).compile()
+        for method, (fn, _) in methods(net, size).items()
+    }
+    return compiled, params, size, x, y
+
+
+def times(name: str, seconds: float) -> dict[str, dict[str, Any]]:
+    """Ratios to plain within a turn; single examples, which take long, in every eighth turn."""
+    compiled, params, size, x, y = prepare(name)
+    given = (params, (x[:size], y[:size]), jax.random.key(1))
+    taken: dict[str, list[tuple[float, float]]] = {method: [] for method in compiled}
+    for run in compiled.values():
+        jax.block_until_ready(run(*given))
+    end, turn = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        base = 0.0
+        for method, run in compiled.items():
+            if method == "per example" and turn % 8:
+                continue
+            start = time.perf_counter()
+            jax.block_until_ready(run(*given))
+            passed = time.perf_counter() - start
+            base = passed if method == "plain" else base
+            taken[method].append((passed, passed / base))
+        turn += 1
+    return {
+        method: {
+            "ms": float(1e3 * np.median([t for t, _ in pairs])),
+            "ratio": [float(f([r for _, r in pairs])) for f in (np.min, np.median, np.max)],
+            "turns": len(pairs),
+            "MB": compiled[method].memory_analysis().temp_size_in_bytes / 2**20,
+        }
+        for method, pairs in taken.items()
+    }
+
+
+def errors(name: str, draws: int) -> dict[str, dict[str, Any]]:
+    """The relative standard error of tr Σ over batches and signs, and the mean of all."""
+    compiled, params, size, x, y = prepare(name)
+    found = {}
+    for method, run in compiled.items():
+        if method == "plain":
+            continue
+        traces = []
+        for draw in range(draws if method != "per example" else max(draws // 10, 2)):
+            rows = np.random.default_rng(draw).integers(0, POOL, size)
+            traces.append(float(run(params, (x[rows], y[rows]), jax.random.key(draw))[1].trace))
+        mean = float(np.mean(traces))
+        found[method] = {"trace": mean, "error": float(np.std(traces, ddof=1)) / mean}
+    return found
+
+
+def show(results: dict[str, Any]) -> None:
+    print(
+        "| problem | method | ms | over plain: min / median / max | MB | degrees of freedom | "
+        "√(2/ν) | standard error | tr Σ |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, result in results.items():
+        net, size, _, _ = problem(name)
+        for method, (_, freedom) in methods(net, size).items():
+            row = result.get("time", {}).get(method)
+            timed = "– | – | –"
+            if row:
+                ratios = " / ".join(f"{r:.2f}" for r in row["ratio"])
+                timed = f"{row['ms']:.1f} | {ratios} | {row['MB']:.1f}"
+            row, exact = result.get("error", {}).get(method), "– | – | – | –"
+            if row:
+                worst = (2 / freedom) ** 0.5
+                exact = f"{freedom} | {worst:.2f} | {row['error']:.3f} | {row['trace']:.4g}"
+            print(f"| {name} | {method} | {timed} | {exact} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--problem", choices=PROBLEMS, help="one of them; all if left out")
+    parser.add_argument("--only", choices=("time", "error"), help="one part; both if left out")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of turns")
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/noise_estimators.json"))
+    options = parser.parse_args()
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for name in [options.problem] if options.problem else PROBLEMS:
+        result = results.setdefault(name, {})
+        if options.only != "error" and "time" not in result:
+            result["time"] = times(name, options.seconds)
+        if options.only != "time" and "error" not in result:
+            result["error"] = errors(name, options.draws)
+        write_json(options.out, results)
+    show(results)
+
+
+if __name__ == "__main__":
+    main()
