@@ -20,23 +20,35 @@ OPTIONS = ["--model", "logistic", "--optimizer", "adam", "--max-batch-size", "51
 DEATH_IS_NOTICED = 10  # seconds, at most: --patience
 
 
-def start(out, devices, *more):
+def start(out, devices, *more, environment=None):
     command = [sys.executable, "-m", "adabatch_jax", "train", "--out", str(out), *OPTIONS, *more]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    everything = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    everything |= environment or {}
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=everything, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
+def slurm(process):
+    """What Slurm tells a task of a job with two of them."""
+    told = {"JOB_ID": os.getpid(), "STEP_NODELIST": "localhost", "NTASKS": 2}
+    told |= {"PROCID": process, "LOCALID": process}
+    return {f"SLURM_{name}": str(value) for name, value in told.items()}
+
+
 @contextlib.contextmanager
-def two_processes(out, *more):
+def two_processes(out, *more, under_slurm=False):
     """Both, as they run; none is left behind."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "2"]
-    where += ["--patience", str(DEATH_IS_NOTICED)]
-    both = [start(out, 4, *where, "--process-id", str(i), *more) for i in range(2)]
+    more = ("--patience", str(DEATH_IS_NOTICED), *more)
+    if under_slurm:
+        auto = ("--distributed", "auto")
+        both = [start(out, 4, *auto, *more, environment=slurm(i)) for i in range(2)]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        where = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2")
+        both = [start(out, 4, *where, "--process-id", str(i), *more) for i in range(2)]
     try:
         yield both
     finally:
@@ -121,7 +133,7 @@ def test_a_preemption_notice_to_one_stops_both_at_the_same_step(tmp_path, alone)
     steps = [re.search(r"stopped by SIGTERM after step (\d+); its state is saved", s) for s in said]
     assert steps[0] and steps[1] and steps[0][1] == steps[1][1], said
     assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2
-    with two_processes(tmp_path, "--resume") as both:
+    with two_processes(tmp_path, "--resume", under_slurm=True) as both:
         said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     params, columns = result(tmp_path)
