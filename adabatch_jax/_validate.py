@@ -1,7 +1,7 @@
 """Checks of static arguments: a `ValueError` naming the argument and its value, before training starts.
 
-Arrays and traced values (from `optax.inject_hyperparams`, or a factory called inside jit) are let
-through: they are guarded where they are used.
+Traced values (from `optax.inject_hyperparams`, or a factory called inside jit) are let through: they
+are guarded where they are used.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import numbers
 from typing import Any
 
 import jax
-import numpy as np
 
 
 def _is_known(value: Any) -> bool:
-    return not isinstance(value, jax.Array | jax.core.Tracer | np.ndarray)
+    return not isinstance(value, jax.Array | jax.core.Tracer)
 
 
 def positive(where: str, **arguments: Any) -> None:
