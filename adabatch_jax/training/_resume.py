@@ -207,7 +207,8 @@ class Checkpoints:
         folder = self.folder / str(step)
         try:
             about = json.loads((folder / "about" / "metadata").read_text(encoding="utf-8"))
-            about["format"], about["config"], about["environment"], about["checksum"]
+            for name in (*self._description(0), "checksum"):
+                about[name]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}: the checkpoint is damaged ({error})") from None
         return about
