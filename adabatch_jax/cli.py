@@ -67,9 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), USAGE_ERROR)
     except training.ProcessLost as error:
         _fail(str(error), RUN_ERROR)
-        os._exit(
-            RUN_ERROR
-        )  # the usual end would wait for all processes, and they are not all there
+        os._exit(RUN_ERROR)  # the usual end would wait for processes that are not there
     except training.TrainingError as error:
         return _fail(str(error), RUN_ERROR)
     except training.RunInterrupted as stop:

@@ -131,7 +131,7 @@ def value_and_grad_noise(
         sizes = group_sizes(groups, sizes, leading)
         bound = leading[0] if count is None else jnp.clip(count, 0, leading[0]).astype(jnp.int32)
         params, groups = jax.tree.map(jnp.asarray, (params, groups))
-        params = _prepare(params, groups, axes)
+        params = _prepare("value_and_grad_noise", params, groups, axes)
         varying = varying_axes((params, groups, args, sizes, bound))
         accumulate = partial(
             _accumulate, (groups, sizes), bound, vectorize=vectorize, lanes=lanes, varying=varying
@@ -175,13 +175,13 @@ def value_and_grad_noise(
     return fn
 
 
-def _prepare(params: PyTree, groups: PyTree, axes: tuple[str, ...]) -> PyTree:
+def _prepare(where: str, params: PyTree, groups: PyTree, axes: tuple[str, ...]) -> PyTree:
     """Casts the parameters to vary over the device axes, so that their gradients stay apart."""
     checked = checked_axes(axes)
     same = sorted(checked - varying_axes(groups))
     if same:
         raise ValueError(
-            f"value_and_grad_noise: groups is the same on all devices of axis {same[0]!r}: each "
+            f"{where}: groups is the same on all devices of axis {same[0]!r}: each "
             "device needs its own examples (shard the batch in in_specs)"
         )
     return to_varying(params, checked)

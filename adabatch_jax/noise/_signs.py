@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
+from adabatch_jax._axes import AxisName, axis_tuple, to_varying, varying_axes
 from adabatch_jax._tree import cast_like, squared_norm, widen
 from adabatch_jax.noise._estimate import (
     _accumulate,
     _first,
     _join_aux,
     _pool_devices,
+    _prepare,
     _split_aux,
     _Tally,
 )
@@ -149,11 +150,9 @@ def value_and_grad_signs(
     ) -> tuple[Any, GradientNoise]:
         params, groups = jax.tree.map(jnp.asarray, (params, groups))
         num_groups = _num_groups(groups)
-        checked = checked_axes(axes)
-        _check_apart(checked - varying_axes(groups))
         for axis in axes:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        params = to_varying(params, checked)
+        params = _prepare("value_and_grad_signs", params, groups, axes)
         shape = jax.eval_shape(losses_fn, params, _first(groups, 1), *args)
         length = _num_losses(shape[0] if has_aux else shape)
         sizes = _checked_sizes(sizes, num_groups, length)
@@ -256,11 +255,3 @@ def _checked_sizes(sizes: Any, num_groups: int, length: int) -> jax.Array:
             f"value_and_grad_signs: sizes must have shape {(num_groups,)}, got {jnp.shape(sizes)}"
         )
     return jnp.clip(jnp.asarray(sizes), 0, length).astype(jnp.int32)
-
-
-def _check_apart(same: frozenset[str]) -> None:
-    for axis in sorted(same):
-        raise ValueError(
-            f"value_and_grad_signs: groups is the same on all devices of axis {axis!r}: each device "
-            "needs its own examples (shard the batch in in_specs)"
-        )
