@@ -38,3 +38,12 @@ def squared_norm(tree: PyTree, batch_ndim: int = 0) -> jax.Array:
         square = jnp.square(x)
         total = total + jnp.sum(square, axis=range(batch_ndim, x.ndim)).astype(jnp.float32)
     return total
+
+
+def trainable(square: jax.Array) -> jax.Array:
+    """Whether a gradient with this squared norm may be learned from: below 1e30, so neither NaN nor inf.
+
+    Longer ones explode without overflowing yet. A few of them would make AdaGrad's sum of squares
+    infinite, and every update after that 0, without a word.
+    """
+    return square < 1e30

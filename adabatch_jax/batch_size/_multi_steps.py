@@ -10,7 +10,7 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
-from adabatch_jax._tree import cast_like, squared_norm, widen
+from adabatch_jax._tree import cast_like, squared_norm, trainable, widen
 from adabatch_jax.batch_size._read import controller_state, get_batch_size, metrics
 from adabatch_jax.noise import GradientNoise, merge_noise
 from adabatch_jax.noise._gradient_noise import blend, pool_noise
@@ -62,10 +62,11 @@ def adaptive_multi_steps(
     `emit=` (traced bool, true when a batch is complete), to keep expensive work out of the calls
     whose result is dropped.
 
-    A micro-batch whose gradient or loss (`value=`) holds NaN or inf is skipped and counted; the batch
-    takes one more. If every one is skipped, no step is ever made: in `metrics`, `micro_batches` (since
-    the last step) and `skipped_micro_batches` then grow while `num_examples` stands still. Only a
-    `return_to_minimum` inside is told, once that would have filled a batch, and goes back to its snapshot.
+    A micro-batch whose gradient or loss (`value=`) holds NaN or inf, or whose gradient is longer than
+    1e15, is skipped and counted; the batch takes one more. If every one is skipped, no step is ever made:
+    in `metrics`, `micro_batches` (since the last step) and `skipped_micro_batches` then grow while
+    `num_examples` stands still. Only a `return_to_minimum` inside is told, once that would have filled a
+    batch, and goes back to its snapshot.
 
     Under sharded `jit` no device has a gradient of its own. An unchanged loop works, and measures the
     noise between its calls; with `value, noise = value_and_grad_noise(loss_fn, lanes=True)(params, groups)`
@@ -234,7 +235,7 @@ def _measure(
     loss = jnp.zeros((), jnp.float32) if value is None else jnp.asarray(value).astype(jnp.float32)
     wide = widen(updates)
     # The loss too: a label out of range makes it NaN and leaves a gradient that looks like any other.
-    finite = jnp.isfinite(squared_norm(wide)) & jnp.isfinite(loss)
+    finite = trainable(squared_norm(wide)) & jnp.isfinite(loss)
     alone = GradientNoise(
         mean=wide,  # NaN and all: a merge ignores a side without examples
         scatter=jnp.zeros((), jnp.float32),
@@ -259,7 +260,7 @@ def _measure(
 def _given(noise: GradientNoise, value: Any) -> tuple[GradientNoise, jax.Array, jax.Array]:
     """The noise that the caller measured; as if it had no examples where it is not finite."""
     loss = jnp.zeros((), jnp.float32) if value is None else jnp.asarray(value).astype(jnp.float32)
-    finite = jnp.isfinite(noise.squared_norm) & jnp.isfinite(noise.scatter) & jnp.isfinite(loss)
+    finite = trainable(noise.squared_norm) & jnp.isfinite(noise.scatter) & jnp.isfinite(loss)
     kept = noise._replace(
         mean=widen(noise.mean),
         num_examples=jnp.where(finite, noise.num_examples, 0).astype(jnp.int32),

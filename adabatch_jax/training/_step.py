@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import adabatch_jax as adabatch
+from adabatch_jax._tree import trainable
 from adabatch_jax.training._ladder import Rung
 from adabatch_jax.training._stream import masked_mean
 
@@ -62,8 +63,9 @@ def make_step(
     Returns:
       `step(params, opt_state, data, indices, sizes, count) -> (params, opt_state, report)` with
       `data = (inputs, labels)`, `indices` int32 [num_groups, micro_batch_size], `sizes` int32
-      [num_groups], `count` int32: groups in use. A step whose loss or gradient is not finite changes
-      nothing but `report["skipped"]`, unless it leads back to the snapshot of `return_to_minimum`.
+      [num_groups], `count` int32: groups in use. A step whose loss or gradient is not finite, or
+      whose gradient is longer than 1e15, changes nothing but `report["skipped"]`, unless it leads back
+      to the snapshot of `return_to_minimum`.
     """
 
     def loss_fn(
@@ -107,9 +109,7 @@ def make_step(
         )
         new_params = optax.apply_updates(params, updates)
         shown, before = adabatch.metrics(new_state), adabatch.metrics(opt_state)
-        finite = (
-            jnp.isfinite(value) & jnp.isfinite(noise.squared_norm) & jnp.isfinite(noise.scatter)
-        )
+        finite = jnp.isfinite(value) & trainable(noise.squared_norm) & jnp.isfinite(noise.scatter)
         if "returns_made" in shown:  # a step back to AutoWU's snapshot is made whatever the loss is
             finite |= shown["returns_made"] > before["returns_made"]
 
