@@ -157,7 +157,7 @@ def test_gradients_whose_scatter_would_overflow_are_left_out(name):
     """Each square is finite; 8 · the squared gap of two is not. Four clean ones make the batch."""
     gradients, values = calls(6)
     gradients[:2] = np.float32([[9e18] * 3, [-9e18] * 3])
-    params, state, emitted, sizes = feed(name, gradients, values)
+    params, state, emitted, _ = feed(name, gradients, values)
     assert np.flatnonzero(emitted).tolist() == [5]
     assert adabatch.metrics(state)["skipped_micro_batches"] == 2
     assert adabatch.metrics(state)["test_status"] != BatchSizeStatus.NOT_FINITE
