@@ -21,6 +21,7 @@ from adabatch_jax.batch_size import (
     has_updated,
     inner_product_test,
     metrics,
+    needs_noise,
     norm_test,
 )
 from adabatch_jax.curvature import (
@@ -140,6 +141,7 @@ __all__ = [
     "max_stable_learning_rate",
     "merge_noise",
     "metrics",
+    "needs_noise",
     "norm_test",
     "random_matrix_scaling",
     "recommend_estimator",

@@ -5,7 +5,8 @@ batch size in the optimizer state; `adaptive_multi_steps` gathers micro-batches 
 
 * Criteria: `norm_test`, `coordinate_norm_test`, `inner_product_test`,
   `augmented_inner_product_test`, `gradient_noise_scale`; `Criterion` and `Evidence` to write one.
-* `get_batch_size`, `has_updated` and `metrics` read any optimizer state that holds a controller.
+* `get_batch_size`, `has_updated`, `needs_noise` and `metrics` read any optimizer state that holds a
+  controller.
 """
 
 from adabatch_jax.batch_size._adapt import adapt_batch_size
@@ -18,7 +19,7 @@ from adabatch_jax.batch_size._criteria import (
 )
 from adabatch_jax.batch_size._criterion import Criterion, Evidence
 from adabatch_jax.batch_size._multi_steps import adaptive_multi_steps
-from adabatch_jax.batch_size._read import get_batch_size, has_updated, metrics
+from adabatch_jax.batch_size._read import get_batch_size, has_updated, metrics, needs_noise
 from adabatch_jax.batch_size._state import BatchSizeStatus
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "has_updated",
     "inner_product_test",
     "metrics",
+    "needs_noise",
     "norm_test",
 ]

@@ -127,6 +127,9 @@ def adapt_batch_size(
     if dataset_size is not None:
         _validate.positive_int("adapt_batch_size", dataset_size=dataset_size)
 
+    def full(size: jax.Array) -> jax.Array:
+        return (size >= max_batch_size) & monotone
+
     def init(params: PyTree) -> AdaptBatchSizeState:
         if isinstance(initial_batch_size, jax.Array | jax.core.Tracer):
             first = initial_batch_size.astype(jnp.int32)
@@ -147,6 +150,7 @@ def adapt_batch_size(
             required_batch_size=jnp.zeros((), jnp.float32),
             test_status=jnp.array(int(BatchSizeStatus.NOT_TESTED), jnp.int32),
             skipped_tests=jnp.zeros((), jnp.int32),
+            test_due=jnp.logical_not(full(first)),
         )
 
     def next_size(batch_size: jax.Array, required: jax.Array) -> jax.Array:
@@ -236,11 +240,11 @@ def adapt_batch_size(
             )
         hold = jnp.asarray(hold_batch_size).astype(bool)
         due = state.updates_seen % test_interval == 0
-        full = (state.next_batch_size >= max_batch_size) & monotone
+        at_maximum = full(state.next_batch_size)
 
         def skip(_: GradientNoise, state: AdaptBatchSizeState) -> _Tested:
             status = jnp.where(due, BatchSizeStatus.HELD, BatchSizeStatus.NOT_TESTED)
-            status = jnp.where(full, BatchSizeStatus.AT_MAXIMUM, status)
+            status = jnp.where(at_maximum, BatchSizeStatus.AT_MAXIMUM, status)
             unchanged = _Tested(*(getattr(state, name) for name in _Tested._fields))
             return unchanged._replace(test_status=status.astype(jnp.int32))
 
@@ -248,10 +252,12 @@ def adapt_batch_size(
             noise = _without_masked(noise, updates)
         # Without `emit` the batch is not complete, and adaptive_multi_steps drops what we return.
         complete = jnp.asarray(emit).astype(bool)
-        tested = jax.lax.cond(due & complete & ~hold & ~full, test, skip, noise, state)
+        tested = jax.lax.cond(due & complete & ~hold & ~at_maximum, test, skip, noise, state)
+        seen = optax.safe_increment(state.updates_seen)
         return updates, state._replace(
             examples_clock=advance(state.examples_clock, noise.num_examples),
-            updates_seen=optax.safe_increment(state.updates_seen),
+            updates_seen=seen,
+            test_due=(seen % test_interval == 0) & ~full(tested.next_batch_size),
             **tested._asdict(),
         )
 

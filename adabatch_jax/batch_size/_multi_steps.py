@@ -11,9 +11,9 @@ import optax
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
 from adabatch_jax._tree import cast_like, squared_norm, trainable, widen
-from adabatch_jax.batch_size._read import controller_state, get_batch_size, metrics
-from adabatch_jax.noise import GradientNoise, merge_noise
-from adabatch_jax.noise._gradient_noise import blend, pool_noise
+from adabatch_jax.batch_size._read import controller_state, get_batch_size, metrics, needs_noise
+from adabatch_jax.noise import GradientNoise
+from adabatch_jax.noise._gradient_noise import blend, join_noise, pool_noise
 
 PyTree = Any
 
@@ -156,8 +156,10 @@ def adaptive_multi_steps(
             _check_first_batch(_initial_size(optimizer, updates), micro_batch_size, devices, 2)
             found, loss, skipped = _measure(updates, value, micro_batch_size, coordinate_wise, axes)
         else:
-            found, loss, skipped = _given(noise, value)
-        joint = merge_noise(state.gathered_noise, found)
+            found, loss, skipped = _given(noise, value, needs_noise(state.inner_opt_state))
+        # Whether there will be a test is known before: the controller moves only when a batch is full.
+        measure = needs_noise(state.inner_opt_state)
+        joint = join_noise(state.gathered_noise, found, measure)
         n_old = state.gathered_noise.num_examples.astype(jnp.float32)
         mean_loss = blend(n_old, state.gathered_value, found.num_examples.astype(jnp.float32), loss)
         if noise is not None and noise.inner_product_scatter is not None:
@@ -187,7 +189,7 @@ def adaptive_multi_steps(
             mean,
             state.inner_opt_state,
             params,
-            noise=joint._replace(mean=mean),
+            noise=joint._replace(mean=mean).where(measure),
             hold_batch_size=jnp.asarray(hold_batch_size).astype(bool) | averaged,
             emit=emit,
             **extra_args,
@@ -257,10 +259,16 @@ def _measure(
     return pooled, both[0], groups - pooled.num_groups
 
 
-def _given(noise: GradientNoise, value: Any) -> tuple[GradientNoise, jax.Array, jax.Array]:
-    """The noise that the caller measured; as if it had no examples where it is not finite."""
+def _given(
+    noise: GradientNoise, value: Any, measure: jax.Array
+) -> tuple[GradientNoise, jax.Array, jax.Array]:
+    """The noise that the caller measured; as if it had no examples where it is not finite.
+
+    Without `measure` the scatter need not have been measured.
+    """
     loss = jnp.zeros((), jnp.float32) if value is None else jnp.asarray(value).astype(jnp.float32)
-    finite = trainable(noise.squared_norm) & jnp.isfinite(noise.scatter) & jnp.isfinite(loss)
+    finite = trainable(noise.squared_norm) & jnp.isfinite(loss)
+    finite &= jnp.isfinite(noise.scatter) | ~measure
     kept = noise._replace(
         mean=widen(noise.mean),
         num_examples=jnp.where(finite, noise.num_examples, 0).astype(jnp.int32),

@@ -1,4 +1,4 @@
-"""Reading the optimizer state: `get_batch_size`, `has_updated`, `metrics`.
+"""Reading the optimizer state: `get_batch_size`, `has_updated`, `needs_noise`, `metrics`.
 
 States are found by type, wherever they sit: inside `chain`, `masked`, `inject_hyperparams`, with the
 wrapped leaves of `nnx.Optimizer`, or stacked along a leading device axis by `pmap`.
@@ -112,6 +112,32 @@ def has_updated(opt_state: PyTree) -> jax.Array:
         if hasattr(state, "emitted"):
             return _plain(state).emitted
     return controller_state(opt_state).updates_seen > 0
+
+
+def needs_noise(opt_state: PyTree) -> jax.Array:
+    """Whether the next optimizer step tests the noise: `measure=` of `value_and_grad_noise`.
+
+    Between two tests (`test_interval`), and once the batch is as large as it may get, nobody asks for
+    the noise, and a step that does not measure it costs no more than its gradient.
+    `adaptive_multi_steps` sees to it by itself.
+
+    Args:
+      opt_state: state of an optimizer with one `adapt_batch_size` in it; inside jit or on the host.
+
+    Returns:
+      bool scalar.
+
+    Raises:
+      ValueError: no controller in the state, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from adabatch_jax import adapt_batch_size, norm_test
+      >>> link = adapt_batch_size(norm_test(1.0), initial_batch_size=64, max_batch_size=64)
+      >>> bool(needs_noise(link.init(jnp.zeros(3))))  # it cannot grow
+      False
+    """
+    return controller_state(opt_state).test_due
 
 
 def metrics(opt_state: PyTree) -> dict[str, Any]:

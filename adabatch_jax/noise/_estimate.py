@@ -18,7 +18,7 @@ from adabatch_jax._axes import (
     varying_axes,
 )
 from adabatch_jax._tree import align, cast_like, widen
-from adabatch_jax.noise._gradient_noise import GradientNoise, blend, merge_noise, pool_noise
+from adabatch_jax.noise._gradient_noise import GradientNoise, blend, join_noise, pool_noise
 from adabatch_jax.noise._groups import group_sizes, leading_shape
 
 PyTree = Any
@@ -89,6 +89,9 @@ def value_and_grad_noise(
       * `sizes`: integers [num_groups] (or [num_loops, num_lanes]): real examples in each group.
         Default: the axis after the leading ones. Groups of unequal size stay unbiased provided
         `loss_fn` averages over the real examples only. A group of size 0 is ignored, even if NaN.
+      * `measure`: bool, may be traced: whether the noise is wanted. False leaves every scatter NaN, and
+        the call costs what the gradient alone does (but for what `vectorize`, `lanes` and
+        `coordinate_wise` compute anyway). `needs_noise(opt_state)` tells.
       * `noise.mean` is the gradient, in the dtype of the parameters; `value` the mean loss over all
         examples; statistics are float32. With no examples at all the value is NaN, the gradient 0.
 
@@ -125,7 +128,12 @@ def value_and_grad_noise(
     ndim = 2 if lanes else 1
 
     def fn(
-        params: PyTree, groups: PyTree, *args: Any, count: Any = None, sizes: Any = None
+        params: PyTree,
+        groups: PyTree,
+        *args: Any,
+        count: Any = None,
+        sizes: Any = None,
+        measure: Any = None,
     ) -> tuple[Any, GradientNoise]:
         leading = leading_shape(groups, ndim)
         sizes = group_sizes(groups, sizes, leading)
@@ -134,7 +142,7 @@ def value_and_grad_noise(
         params = _prepare("value_and_grad_noise", params, groups, axes)
         varying = varying_axes((params, groups, args, sizes, bound))
         accumulate = partial(
-            _accumulate, (groups, sizes), bound, vectorize=vectorize, lanes=lanes, varying=varying
+            _accumulate, (groups, sizes), vectorize=vectorize, lanes=lanes, varying=varying
         )
         pool = partial(_pool_devices, axes=axes, varying=varying)
 
@@ -148,7 +156,7 @@ def value_and_grad_noise(
             )
             return _Tally(noise, value, averaged, summed)
 
-        total = pool(accumulate(gradient))
+        total = pool(accumulate(bound, gradient, measure))
         mean = cast_like(total.noise.mean, params)
         noise = total.noise._replace(mean=mean)
 
@@ -163,7 +171,11 @@ def value_and_grad_noise(
                 value, along = jax.jvp(loss, (params,), (direction,))
                 return _Tally(_single(along, size), value, (), ())
 
-            noise = noise._replace(inner_product_scatter=pool(accumulate(projection)).noise.scatter)
+            second = bound if measure is None else jnp.where(measure, bound, 0)
+            along = pool(accumulate(second, projection)).noise.scatter
+            noise = noise._replace(inner_product_scatter=along)
+        if measure is not None:
+            noise = noise.where(jnp.asarray(measure).astype(bool))
 
         empty = noise.num_examples == 0
         value = jnp.where(empty, jnp.nan, total.value)
@@ -197,11 +209,11 @@ def _single(mean: PyTree, size: jax.Array) -> GradientNoise:
     )
 
 
-def _merge(a: _Tally, b: _Tally) -> _Tally:
+def _merge(measure: Any, a: _Tally, b: _Tally) -> _Tally:
     n_a, n_b = (t.noise.num_examples.astype(jnp.float32) for t in (a, b))
     value, averaged = blend(n_a, (a.value, a.averaged), n_b, (b.value, b.averaged))
     summed = jax.tree.map(lambda x, y: x + _kept(n_b, y), a.summed, b.summed)
-    return _Tally(merge_noise(a.noise, b.noise), value, averaged, summed)
+    return _Tally(join_noise(a.noise, b.noise, measure), value, averaged, summed)
 
 
 def _pool(tally: _Tally, total: Callable[[jax.Array], jax.Array]) -> _Tally:
@@ -225,6 +237,7 @@ def _accumulate(
     groups: tuple[PyTree, jax.Array],
     bound: Any,
     compute: Callable[[PyTree, jax.Array], _Tally],
+    measure: Any = None,
     *,
     vectorize: int,
     lanes: bool,
@@ -232,6 +245,7 @@ def _accumulate(
 ) -> _Tally:
     """Runs `compute(group, size)` over the first `bound` groups and merges the results."""
     _, sizes = groups
+    merge = partial(_merge, measure)
 
     def widened(group: PyTree, size: jax.Array) -> _Tally:
         t = compute(group, size)
@@ -241,17 +255,17 @@ def _accumulate(
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, False), groups)
 
     def lane_step(i: jax.Array, so_far: _Tally) -> _Tally:
-        return jax.vmap(_merge)(so_far, jax.vmap(widened)(*at(i)))
+        return jax.vmap(merge)(so_far, jax.vmap(widened)(*at(i)))
 
     def chunk_step(i: jax.Array, so_far: _Tally) -> _Tally:
         index = i * vectorize + jnp.arange(vectorize, dtype=jnp.int32)
         inside = index < bound
         group, size = jax.tree.map(lambda x: x[jnp.minimum(index, len(sizes) - 1)], groups)
         chunk = jax.vmap(widened)(group, jnp.where(inside, size, 0))
-        return _merge(so_far, _pool(chunk, _sum_leading))
+        return merge(so_far, _pool(chunk, _sum_leading))
 
     def single_step(i: jax.Array, so_far: _Tally) -> _Tally:
-        return _merge(so_far, widened(*at(i)))
+        return merge(so_far, widened(*at(i)))
 
     shapes = jax.eval_shape(jax.vmap(widened) if lanes else widened, *_first(groups, 1))
     start = to_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), varying)

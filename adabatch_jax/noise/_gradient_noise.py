@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adabatch_jax._axes import to_varying, varying_axes
 from adabatch_jax._tree import align, cast_like, squared_norm, widen
 
 PyTree = Any
@@ -55,6 +56,18 @@ class GradientNoise(NamedTuple):
         value = jnp.asarray(scatter, jnp.float32) / jnp.maximum(groups - 1.0, 1.0)
         return jnp.where(groups > 1.0, value, jnp.nan)
 
+    def where(self, measured: jax.Array) -> GradientNoise:
+        """The same, its scatters NaN unless `measured`."""
+
+        def known(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: jnp.where(measured, x, jnp.nan), tree)
+
+        return self._replace(
+            scatter=known(self.scatter),
+            coordinate_scatter=known(self.coordinate_scatter),
+            inner_product_scatter=known(self.inner_product_scatter),
+        )
+
     @property
     def trace(self) -> jax.Array:
         """tr Σ of one example's gradient, float32 scalar; NaN for fewer than two groups."""
@@ -70,15 +83,23 @@ def _count(n: Any) -> jax.Array:
     return jnp.asarray(n).astype(jnp.float32)
 
 
-def blend(n_a: jax.Array, a: PyTree, n_b: jax.Array, b: PyTree) -> PyTree:
-    """The mean of n_a examples of mean `a` and n_b of mean `b`; a side without examples is ignored."""
+def blend(
+    n_a: jax.Array, a: PyTree, n_b: jax.Array, b: PyTree, gaps: PyTree | None = None
+) -> PyTree:
+    """The mean of n_a examples of mean `a` and n_b of mean `b`; a side without examples is ignored.
+
+    With `gaps`, ‖a − b‖² leaf by leaf, each leaf waits for its number: where that is NaN so is the
+    mean, as it is anyway. XLA could not tell otherwise that the old mean has been read before the new one
+    takes its place, and would copy it, in every turn of a loop.
+    """
     share = n_b / jnp.maximum(n_a + n_b, 1.0)
 
-    def one(x: jax.Array, y: jax.Array) -> jax.Array:
-        both = x + (y - x) * align(share, x)
+    def one(x: jax.Array, y: jax.Array, gap: jax.Array | None = None) -> jax.Array:
+        part = share if gap is None else jnp.where(gap >= 0, share, jnp.nan)
+        both = x + (y - x) * align(part, x)
         return jnp.where(align(n_b, x) == 0, x, jnp.where(align(n_a, x) == 0, y, both))
 
-    return jax.tree.map(one, a, b)
+    return jax.tree.map(one, a, b) if gaps is None else jax.tree.map(one, a, b, gaps)
 
 
 def merge_noise(a: GradientNoise, b: GradientNoise) -> GradientNoise:
@@ -110,6 +131,15 @@ def merge_noise(a: GradientNoise, b: GradientNoise) -> GradientNoise:
     Source: Chan, Golub, LeVeque (1983), "Algorithms for computing the sample variance".
     """
     _check_same_shapes(a.mean, b.mean)
+    return join_noise(a, b)
+
+
+def join_noise(a: GradientNoise, b: GradientNoise, measure: Any = None) -> GradientNoise:
+    """`merge_noise`, unchecked; where the traced `measure` is false, without the cost of the scatter.
+
+    The scatter then is that of the two sides, too small, and to be thrown away. A coordinate scatter is
+    merged whether or not.
+    """
     n_a, n_b = _count(a.num_examples), _count(b.num_examples)
     mean_a, mean_b = widen(a.mean), widen(b.mean)
     weight = n_a * (n_b / jnp.maximum(n_a + n_b, 1.0))
@@ -120,18 +150,30 @@ def merge_noise(a: GradientNoise, b: GradientNoise) -> GradientNoise:
         right = jnp.where(n_b > 0, scatter_b, jnp.zeros_like(scatter_b))
         return jnp.asarray(left + right + gap, jnp.float32)
 
-    gap = jax.tree.map(jnp.subtract, mean_a, mean_b)
+    def gaps(a: PyTree, b: PyTree) -> PyTree:
+        return jax.tree.map(lambda x, y: squared_norm(x - y), a, b)
+
+    def zeros(a: PyTree, b: PyTree) -> PyTree:
+        zero = jnp.zeros((), jnp.float32)
+        return jax.tree.map(lambda x, y: to_varying(zero, varying_axes((x, y))), a, b)
+
+    if measure is None:
+        squared_gaps = gaps(mean_a, mean_b)
+    else:
+        squared_gaps = jax.lax.cond(measure, gaps, zeros, mean_a, mean_b)
     coordinate_scatter = None
     if a.coordinate_scatter is not None and b.coordinate_scatter is not None:
         coordinate_scatter = jax.tree.map(
-            lambda x, y, d: join(x, y, jnp.square(d).astype(jnp.float32)),
+            lambda x, y, m_a, m_b: join(x, y, jnp.square(m_a - m_b).astype(jnp.float32)),
             a.coordinate_scatter,
             b.coordinate_scatter,
-            gap,
+            mean_a,
+            mean_b,
         )
+    squared_gap = sum(jax.tree.leaves(squared_gaps), start=jnp.zeros((), jnp.float32))
     return GradientNoise(
-        mean=cast_like(blend(n_a, mean_a, n_b, mean_b), a.mean),
-        scatter=join(a.scatter, b.scatter, squared_norm(gap)),
+        mean=cast_like(blend(n_a, mean_a, n_b, mean_b, squared_gaps), a.mean),
+        scatter=join(a.scatter, b.scatter, squared_gap),
         num_examples=jnp.asarray(a.num_examples) + jnp.asarray(b.num_examples),
         num_groups=jnp.asarray(a.num_groups) + jnp.asarray(b.num_groups),
         coordinate_scatter=coordinate_scatter,

@@ -164,6 +164,7 @@ FUNCTIONS = {
     "gradient_noise_scale": lambda p: of_noise(adabatch.gradient_noise_scale(), p),
     "get_batch_size": lambda p: of_state(adabatch.get_batch_size, p),
     "has_updated": lambda p: of_state(adabatch.has_updated, p),
+    "needs_noise": lambda p: of_state(adabatch.needs_noise, p),
     "metrics": lambda p: of_state(adabatch.metrics, p),
     "hessian_vector_product": hessian,
     "hessian_vector_product: counted": lambda p: hessian(p, counted=True),

@@ -1,0 +1,288 @@
+"""What gathering micro-batches costs: the fused step and the drop-in against optax.MultiSteps.
+
+    pip install ".[train]"
+    python tests/benchmarks/accumulation.py
+
+Adam; k micro-batches make one optimizer step, k = 1 … 64; random data, float32. Three networks: an MLP
+(784-1024-1024-1024-10, micro-batches of 32), the CNN of the command (32 images of 28 × 28), its
+transformer (8 windows of 64 bytes). In one process, in turns; the ratio is that of one turn, and parameters
+and state are donated everywhere:
+
+* bare: `jax.value_and_grad` of a micro-batch, k calls, nothing added up;
+* MultiSteps: `optax.MultiSteps(adam, k)`, k calls of gradient and update;
+* drop-in: `adaptive_multi_steps` around the norm test and Adam, k calls;
+* loop: what one would write by hand: a loop that adds up k gradients and one update, one call;
+* fused: `value_and_grad_noise` over the first k of 64 groups and one update, one call.
+
+Then a controller that has nothing to do, in fused steps of 16 micro-batches, over the loop by hand: at its
+largest batch size, and between two tests (`test_interval`); and one that tests. Memory is what is alive
+during a call, parameters and optimizer state among it, without the examples.
+About four minutes a network; those done are kept in runs/benchmarks/accumulation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+import adabatch_jax as adabatch
+from adabatch_jax.training._models import CNN
+from adabatch_jax.training._report import write_json
+from adabatch_jax.training._transformer import Transformer
+
+PyTree = Any
+Way = Callable[[PyTree], PyTree]  # one optimizer step: what it was given before, what it leaves
+GROUPS = 64
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+RATE = 1e-6  # the parameters hardly move, so every turn computes the same
+
+
+class DeepMLP(nn.Module):
+    """784-1024-1024-1024-10."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(3):
+            x = nn.relu(nn.Dense(1024)(x))
+        return nn.Dense(10)(x)
+
+
+PROBLEMS = ("mlp", "cnn", "transformer")
+
+
+def problem(name: str) -> tuple[Callable[..., jax.Array], PyTree, PyTree]:
+    """The mean loss, parameters, and groups of examples [GROUPS, micro-batch size, …]."""
+    rng = np.random.default_rng(0)
+    size = 8 if name == "transformer" else 32
+    net: nn.Module
+    if name == "transformer":
+        text = rng.integers(0, 256, (GROUPS, size, 65))
+        net, x, y = Transformer(256), jnp.asarray(text[..., :-1], jnp.int32), text[..., 1:]
+    else:
+        shape = (784,) if name == "mlp" else (28, 28)
+        net = DeepMLP() if name == "mlp" else CNN(10)
+        x = jnp.asarray(rng.normal(size=(GROUPS, size, *shape)), jnp.float32)
+        y = rng.integers(0, 10, (GROUPS, size))
+
+    def loss_fn(params: PyTree, batch: PyTree) -> jax.Array:
+        logits = net.apply(params, batch[0])
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]))
+
+    return loss_fn, net.init(jax.random.key(0), x[0]), (x, jnp.asarray(y))
+
+
+def controlled(size: int, largest: int, **more: Any) -> optax.GradientTransformation:
+    adapt = adabatch.adapt_batch_size(
+        adabatch.norm_test(1e6), initial_batch_size=size, max_batch_size=largest, **more
+    )
+    return optax.chain(adapt, optax.adam(RATE))
+
+
+def by_hand(loss_fn: Callable[..., jax.Array], optimizer: Any) -> Callable[..., Any]:
+    def step(params: PyTree, state: PyTree, groups: PyTree, count: jax.Array) -> Any:
+        def add(i: jax.Array, so_far: Any) -> Any:
+            batch = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False), groups)
+            return jax.tree.map(jnp.add, so_far, jax.value_and_grad(loss_fn)(params, batch))
+
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        sums = jax.lax.fori_loop(0, count, add, zeros)
+        value, gradient = jax.tree.map(lambda x: x / count, sums)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def fused(loss_fn: Callable[..., jax.Array], optimizer: Any) -> Callable[..., Any]:
+    value_and_grad = adabatch.value_and_grad_noise(loss_fn)
+    update = optax.with_extra_args_support(optimizer).update
+
+    def step(params: PyTree, state: PyTree, groups: PyTree, count: jax.Array) -> Any:
+        measure = adabatch.needs_noise(state)
+        value, noise = value_and_grad(params, groups, count=count, measure=measure)
+        updates, state = update(noise.mean, state, params, value=value, noise=noise)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def one_call(loss_fn: Callable[..., jax.Array], optimizer: Any) -> Callable[..., Any]:
+    def step(params: PyTree, state: PyTree, batch: PyTree) -> Any:
+        value, gradient = jax.value_and_grad(loss_fn)(params, batch)
+        updates, state = optimizer.update(gradient, state, params, value=value)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def copied(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.array, tree)
+
+
+def compiled(
+    step: Callable[..., Any], *arguments: Any, donated: tuple[int, ...] = (0, 1)
+) -> tuple[Callable[..., Any], float]:
+    """The step, and the MB that are alive while it runs without the examples.
+
+    The examples are the argument after the donated ones, or after the parameters.
+    """
+    run = jax.jit(step, donate_argnums=donated).lower(*arguments).compile()
+    memory = run.memory_analysis()
+    examples = sum(x.nbytes for x in jax.tree.leaves(arguments[len(donated) or 1]))
+    beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = memory.argument_size_in_bytes - examples + memory.temp_size_in_bytes + beyond
+    return run, total / 2**20
+
+
+def whole(
+    step: Callable[..., Any], optimizer: Any, params: PyTree, groups: PyTree, count: jax.Array
+) -> tuple[Way, PyTree, float]:
+    """A way of one call for all micro-batches."""
+    state = optimizer.init(params)
+    run, megabytes = compiled(step, params, state, groups, count)
+    return lambda given: run(*given[:2], groups, count), copied((params, state)), megabytes
+
+
+def ways(name: str, count: int) -> dict[str, tuple[Way, PyTree, float]]:
+    """Of each: the optimizer step, what it starts from, and MB."""
+    loss_fn, params, groups = problem(name)
+    size = groups[1].shape[1]
+    batches = [jax.tree.map(lambda a, i=i: a[i], groups) for i in range(count)]
+    found: dict[str, tuple[Way, PyTree, float]] = {}
+
+    bare, megabytes = compiled(jax.value_and_grad(loss_fn), params, batches[0], donated=())
+
+    def plain(given: PyTree) -> PyTree:
+        for batch in batches:
+            value, gradient = bare(given[0], batch)
+        return given[0], gradient, value
+
+    found["bare"] = plain, (params,), megabytes
+
+    def add(name: str, optimizer: Any) -> None:
+        state = optimizer.init(params)
+        run, megabytes = compiled(one_call(loss_fn, optimizer), params, state, batches[0])
+
+        def way(given: PyTree) -> PyTree:
+            for batch in batches:
+                given = run(*given[:2], batch)
+            return given
+
+        found[name] = way, copied((params, state)), megabytes
+
+    multi = optax.MultiSteps(optax.with_extra_args_support(optax.adam(RATE)), count)
+    add("MultiSteps", multi.gradient_transformation())
+    if count > 1:  # noise shows only between two
+        inner = controlled(count * size, count * size * 2)
+        add("drop-in", adabatch.adaptive_multi_steps(inner, micro_batch_size=size))
+
+    number = jnp.int32(count)
+    controller = controlled(count * size, count * size * 2)
+    for title, made, optimizer in (
+        ("loop", by_hand, optax.adam(RATE)),
+        ("fused", fused, controller),
+    ):
+        found[title] = whole(made(loss_fn, optimizer), optimizer, params, groups, number)
+    return found
+
+
+def idle(name: str) -> dict[str, tuple[Way, PyTree, float]]:
+    """Steps of 16 micro-batches: by hand, with a controller that rests, with one that tests."""
+    loss_fn, params, groups = problem(name)
+    batch, count = 16 * groups[1].shape[1], jnp.int32(16)
+    steps = {
+        "none, loop by hand": (by_hand, optax.adam(RATE)),
+        "at the maximum": (fused, controlled(batch, batch)),
+        "between tests": (fused, controlled(batch, 2 * batch, test_interval=1_000_000)),
+        "testing": (fused, controlled(batch, 2 * batch)),
+    }
+    return {
+        title: whole(made(loss_fn, optimizer), optimizer, params, groups, count)
+        for title, (made, optimizer) in steps.items()
+    }
+
+
+def measure(found: dict[str, tuple[Way, PyTree, float]], seconds: float) -> dict[str, Any]:
+    """Milliseconds an optimizer step in turns, and the ratios to the first way and to MultiSteps."""
+    given = {title: start for title, (_, start, _) in found.items()}
+    taken: dict[str, list[float]] = {title: [] for title in found}
+    end, turn = time.perf_counter() + seconds, 0
+    while turn < 4 or time.perf_counter() < end:
+        for title, (way, _, _) in found.items():
+            start = time.perf_counter()
+            left = jax.block_until_ready(way(given[title]))
+            passed = time.perf_counter() - start
+            given[title] = given[title] if title == "bare" else left
+            if turn:  # the first warms up
+                taken[title].append(passed)
+        turn += 1
+    arrays = {title: np.array(values) for title, values in taken.items()}
+
+    def over(title: str, other: str) -> list[float]:
+        ratio = arrays[title] / arrays[other]
+        return [float(f(ratio)) for f in (np.min, np.median, np.max)]
+
+    base = next(iter(found))
+    return {
+        title: {
+            "ms": float(1e3 * np.median(arrays[title])),
+            "over first": over(title, base),
+            "over MultiSteps": over(title, "MultiSteps") if "MultiSteps" in arrays else None,
+            "MB": megabytes,
+            "turns": len(arrays[title]),
+        }
+        for title, (_, _, megabytes) in found.items()
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    def spread(ratios: list[float] | None) -> str:
+        return " / ".join(f"{r:.2f}" for r in ratios) if ratios else "–"
+
+    print("| network | k | way | ms | over bare: min / median / max | over MultiSteps | MB |")
+    print("|---|---|---|---|---|---|---|")
+    for name, result in results.items():
+        for count in COUNTS:
+            for title, row in result.get(str(count), {}).items():
+                print(
+                    f"| {name} | {count} | {title} | {row['ms']:.1f} | {spread(row['over first'])} | "
+                    f"{spread(row['over MultiSteps'])} | {row['MB']:.1f} |"
+                )
+    print("\n| network | controller | ms | over none: min / median / max |\n|---|---|---|---|")
+    for name, result in results.items():
+        for title, row in result.get("idle", {}).items():
+            print(f"| {name} | {title} | {row['ms']:.1f} | {spread(row['over first'])} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--problem", choices=PROBLEMS, help="one of them; all if left out")
+    parser.add_argument("--count", type=int, help="this k alone, or 0: only the idle controller")
+    parser.add_argument("--seconds", type=float, default=25.0, help="of turns, for each k")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/accumulation.json"))
+    options = parser.parse_args()
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for name in [options.problem] if options.problem else PROBLEMS:
+        result = results.setdefault(name, {})
+        for count in COUNTS if options.count is None else filter(None, [options.count]):
+            if str(count) not in result:
+                result[str(count)] = measure(ways(name, count), options.seconds)
+                write_json(options.out, results)
+        if not options.count and "idle" not in result:
+            result["idle"] = measure(idle(name), options.seconds)
+            write_json(options.out, results)
+    show(results)
+
+
+if __name__ == "__main__":
+    main()
