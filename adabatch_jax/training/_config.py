@@ -96,6 +96,9 @@ class TrainConfig:
     """Seed of the initial parameters and of the order of the examples."""
     lag: int = 0
     """Steps by which the loop runs ahead of the batch size it reads (hides the latency of accelerators)."""
+    steps_per_call: int = 1
+    """Most optimizer steps made in one call on the device, where the batch grows without the host; their
+    numbers are read together. Faster where steps take less than some milliseconds."""
     out: Path | None = None
     """Folder for metrics.csv, summary.json, run.png and checkpoint (default: runs/DATASET)."""
     data_dir: Path | None = None
@@ -149,6 +152,7 @@ class TrainConfig:
             "curvature_examples",
             "refresh_every",
             "epochs",
+            "steps_per_call",
             "checkpoint_every",
             "keep",
             "devices",

@@ -63,16 +63,22 @@ class Devices:
         """The number of groups that makes equal shares: `num_groups`, rounded up."""
         return math.ceil(num_groups / self.number) * self.number
 
-    def spread(self, rows: np.ndarray) -> Any:
-        """Deals out the rows, one after the other: [num_groups, …], a multiple of the devices."""
-        if self.number == 1:
-            return rows
+    def dealt(self, rows: Any) -> Any:
+        """The rows [num_groups, …], a multiple of the devices, those of one device side by side."""
         dealt = rows.reshape(-1, self.number, *rows.shape[1:]).swapaxes(0, 1)
-        return self._place(dealt.reshape(rows.shape), jax.P(AXIS))
+        return dealt.reshape(rows.shape)
+
+    def share(self, num_groups: Any) -> Any:
+        """How many groups every device goes through, where `num_groups` have examples."""
+        return -(-num_groups // self.number)
+
+    def spread(self, rows: np.ndarray) -> Any:
+        """Deals out the rows, one after the other, and hands them over."""
+        return rows if self.number == 1 else self._place(self.dealt(rows), jax.P(AXIS))
 
     def loops(self, num_groups: int) -> Any:
-        """How many groups every device goes through, where `num_groups` have examples."""
-        count = np.int32(math.ceil(num_groups / self.number))
+        """`share` of a number that the host knows, handed over."""
+        count = np.int32(self.share(num_groups))
         return count if self.number == 1 else self._place(count, jax.P())
 
     def _place(self, x: Any, spec: jax.P) -> Any:

@@ -84,3 +84,26 @@ def rung_after(
         max_micro_batch_size=max_micro_batch_size,
         noise_groups=noise_groups,
     )
+
+
+def batch_sizes_of(
+    rung: Rung,
+    *,
+    initial_batch_size: int,
+    max_batch_size: int,
+    max_micro_batch_size: int,
+    noise_groups: int,
+) -> tuple[int, int]:
+    """The batch sizes that `rung_for` maps to this rung: from the first to before the second.
+
+    Example:
+      >>> ladder = dict(initial_batch_size=64, max_batch_size=8192, max_micro_batch_size=256,
+      ...               noise_groups=8)
+      >>> batch_sizes_of(Rung(micro_batch_size=16, num_groups=16), **ladder)
+      (128, 256)
+    """
+    lowest = min(max(1, initial_batch_size // noise_groups), max_micro_batch_size)
+    micro = rung.micro_batch_size
+    low = 1 if micro == lowest else micro * noise_groups
+    high = 2 * micro * noise_groups if 2 * micro <= max_micro_batch_size else max_batch_size + 1
+    return low, high

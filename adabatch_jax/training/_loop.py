@@ -5,24 +5,27 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import adabatch_jax as adabatch
+from adabatch_jax.training._chunk import make_chunk, place_of
 from adabatch_jax.training._classifier import classifier
 from adabatch_jax.training._config import TrainConfig
 from adabatch_jax.training._data import Dataset
 from adabatch_jax.training._devices import Devices, as_before, on_host
 from adabatch_jax.training._feed import Feed
-from adabatch_jax.training._ladder import Rung, rung_after, rung_for
+from adabatch_jax.training._ladder import Rung, batch_sizes_of, rung_after, rung_for
 from adabatch_jax.training._optimizer import build_optimizer, known
 from adabatch_jax.training._resume import RunState
 from adabatch_jax.training._step import CompiledSteps, make_step
 
 PyTree = Any
 Row = dict[str, Any]
+AfterStep = Callable[[int, Callable[[], RunState]], None]
 MAX_SKIPPED_IN_A_ROW = 10
 CURVATURE_GROUPS = 16  # between which the noise of the Hessian shows
 HINTS = {"autowu": "Try --schedule autowu-improved, which goes back when the loss explodes"}
@@ -78,6 +81,37 @@ class _Launched(NamedTuple):
     report: dict[str, Any]
 
 
+class _Reader:
+    """Takes the numbers of the steps in their order, and stops a run that learns nothing.
+
+    Attributes:
+      skipped_in_a_row: steps skipped just now.
+    """
+
+    def __init__(self, on_row: Callable[[Row], None], skipped_in_a_row: int, hint: str) -> None:
+        self._on_row, self._hint = on_row, hint
+        self.skipped_in_a_row = skipped_in_a_row
+
+    def __call__(self, row: Row, report: dict[str, Any], seconds: float) -> int:
+        """Completes and hands on the row; returns the batch size that the step decided."""
+        next_batch_size = int(report.pop("batch_size"))
+        row.update({k: v for k, v in report.items() if k in COLUMNS})
+        row.update(next_batch_size=next_batch_size, seconds=seconds, skipped=int(row["skipped"]))
+        if row["skipped"]:  # the state is that of the step before, and so is its evidence
+            row.update(dict.fromkeys(EVIDENCE, np.float32(np.nan)))
+        if row["test_status"] == adabatch.BatchSizeStatus.AT_MAXIMUM:
+            row["noise_scale"] = np.float32(np.nan)  # the last one measured, not this step's
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
+        self._on_row(row)
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"step {row['step']}: {MAX_SKIPPED_IN_A_ROW} steps in a row gave a loss or "
+                f"gradient that is not finite (last loss {float(row['loss'])}); nothing was "
+                f"learned from them. {self._hint}"
+            )
+        return next_batch_size
+
+
 def run_steps(config: TrainConfig, dataset: Dataset, on_row: Callable[[Row], None]) -> Steps:
     """Trains on every example once per epoch, and calls `on_row` with each step's numbers.
 
@@ -117,9 +151,25 @@ class Run:
             curvature=_curvature_batch(config, num_examples),
             axis_name=devices.axis_name,
         )
-        self._step = CompiledSteps(devices.mapped(step))
+        step = devices.mapped(step)
         self._data = dataset.train_inputs, dataset.train_labels
         self._feed = Feed(num_examples, config.seed)
+        first, largest = known(config.initial_batch_size), known(config.max_batch_size)
+        self._first_size = first
+        self._ladder = ladder = dict(
+            initial_batch_size=first,
+            max_batch_size=first if config.criterion == "none" else largest,
+            max_micro_batch_size=config.max_micro_batch_size,
+            noise_groups=config.noise_groups,
+        )
+
+        def make(rung: Rung) -> Callable[..., Any]:
+            if config.steps_per_call == 1:
+                return step
+            sizes = batch_sizes_of(rung, **ladder)
+            return make_chunk(step, devices, rung, sizes, num_examples, config.steps_per_call)
+
+        self._step = CompiledSteps(make)
 
     @property
     def num_devices(self) -> int:
@@ -140,15 +190,16 @@ class Run:
         self,
         state: RunState,
         on_row: Callable[[Row], None],
-        after_step: Callable[[int, Callable[[], RunState]], None] | None = None,
+        after_step: AfterStep | None = None,
     ) -> RunState:
         """Makes the steps that are left.
 
         Args:
           state: where to begin.
           on_row: called with the numbers of each step, in order.
-          after_step: called with the number of a step once it is launched, and a function that gives
-            the state after it; that waits for the device and for the rows up to this step.
+          after_step: called with the number of a step once it is launched (with `steps_per_call`, of the
+            last of a call), and a function that gives the state after it; that waits for the device and
+            for the rows up to this step.
 
         Returns:
           The state after the last step, on this process's first device.
@@ -156,52 +207,45 @@ class Run:
         Raises:
           TrainingError: `MAX_SKIPPED_IN_A_ROW` steps were skipped one after the other.
         """
-        config, devices = self._config, self._devices
-        first, largest = known(config.initial_batch_size), known(config.max_batch_size)
-        if config.criterion == "none":
-            largest = first
-        ladder = dict(
-            initial_batch_size=first,
-            max_batch_size=largest,
-            max_micro_batch_size=config.max_micro_batch_size,
-            noise_groups=config.noise_groups,
-        )
+        config = self._config
+        hint = HINTS.get(config.schedule or "", "Try a smaller learning rate")
+        reader = _Reader(on_row, state.skipped_in_a_row, hint)
+        loop = self._by_steps if config.steps_per_call == 1 else self._by_chunks
+        done = loop(state, reader, after_step or (lambda number, now: None))
+        self._step.close()
+        trained = done.params, done.opt_state
+        if self._devices.number > 1:
+            trained = as_before(on_host(trained), trained)
+        return done._replace(params=trained[0], opt_state=trained[1])
+
+    def _by_steps(self, state: RunState, reader: _Reader, after_step: AfterStep) -> RunState:
+        """One call for each step; the host runs ahead of the device as far as `lag` allows."""
+        lag, devices, ladder = self._config.lag, self._devices, self._ladder
         params, opt_state = devices.replicate((state.params, state.opt_state))
         data = devices.replicate(self._data)
-        skipped_in_a_row = state.skipped_in_a_row
-        batch_size = state.batch_size or first
+        batch_size = state.batch_size or self._first_size
         position, number = state.position, state.step
         start = time.perf_counter() - state.seconds
         # The sizes that steps decided, oldest first; of the last ones perhaps not read back yet.
         decided: deque[int | _Launched] = deque(state.decided)
 
         def read(entry: int | _Launched) -> int:
-            nonlocal skipped_in_a_row
             if isinstance(entry, int):
                 return entry
-            row, next_batch_size = _read_back(entry, time.perf_counter() - start)
-            skipped_in_a_row = skipped_in_a_row + 1 if row["skipped"] else 0
-            on_row(row)
-            if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise TrainingError(
-                    f"step {row['step']}: {MAX_SKIPPED_IN_A_ROW} steps in a row gave a loss or "
-                    f"gradient that is not finite (last loss {float(row['loss'])}); nothing was "
-                    "learned from them. "
-                    f"{HINTS.get(config.schedule or '', 'Try a smaller learning rate')}"
-                )
-            return next_batch_size
+            report = jax.device_get(entry.report)  # waits for the step
+            return reader(entry.row, report, time.perf_counter() - start)
 
         def now() -> RunState:
             for i, entry in enumerate(decided):
                 decided[i] = read(entry)
             sizes = tuple(entry for entry in decided if isinstance(entry, int))
-            seconds = time.perf_counter() - start
+            seconds, skipped = time.perf_counter() - start, reader.skipped_in_a_row
             return RunState(
-                params, opt_state, position, number, batch_size, sizes, skipped_in_a_row, seconds
+                params, opt_state, position, number, batch_size, sizes, skipped, seconds
             )
 
         while position < self.budget:
-            if len(decided) > config.lag:
+            if len(decided) > lag:
                 batch_size = read(decided.popleft())
             rung = rung_for(batch_size, **ladder)
             length = min(batch_size, self.budget - position)
@@ -212,21 +256,55 @@ class Run:
                 self._step.prepare(upper, params, opt_state, data, *self._batch(upper, 0, 0))
             position += length
             number += 1
-            row = {
-                "step": number,
-                "examples": position,
-                "batch_size": batch_size,
-                "micro_batch_size": rung.micro_batch_size,
-            }
-            decided.append(_Launched(row, report))
-            if after_step is not None:
-                after_step(number, now)
-        done = now()
-        self._step.close()
-        trained = done.params, done.opt_state
-        if devices.number > 1:
-            trained = as_before(on_host(trained), trained)
-        return done._replace(params=trained[0], opt_state=trained[1])
+            decided.append(_Launched(_row(number, position, batch_size, rung), report))
+            after_step(number, now)
+        return now()
+
+    def _by_chunks(self, state: RunState, reader: _Reader, after_step: AfterStep) -> RunState:
+        """One call for many steps, whose numbers are read back together. The same decisions."""
+        config, devices, ladder = self._config, self._devices, self._ladder
+        data, epoch_size = devices.replicate(self._data), len(self._data[1])
+        window = 1 + -(-ladder["max_batch_size"] // epoch_size)  # epochs that a batch may touch
+        started = time.perf_counter() - state.seconds
+        batch_size = state.batch_size or self._first_size
+        missing = config.lag + 1 - len(state.decided)
+        decided = (batch_size,) * missing + state.decided
+        params, opt_state = devices.replicate((state.params, state.opt_state))
+        state = state._replace(params=params, opt_state=opt_state, decided=decided)
+        epoch, order = -1, None
+        while state.position < self.budget:
+            if state.position // epoch_size != epoch:
+                epoch = state.position // epoch_size
+                examples = self._feed.indices(epoch * epoch_size, window * epoch_size)
+                order = devices.replicate(examples)
+            steps, every = config.steps_per_call, config.checkpoint_every
+            if every:  # a call ends where a checkpoint is due
+                steps = min(steps, every - state.step % every)
+            place = devices.replicate(place_of(state, epoch * epoch_size, self.budget, steps))
+            rung = rung_for(state.decided[0], **ladder)
+            given = data, order, place
+            chunk = self._step(rung, state.params, state.opt_state, *given)
+            upper = rung_after(rung, **ladder)
+            if upper is not None and upper not in self._step:
+                self._step.prepare(upper, chunk.params, chunk.opt_state, *given)
+            made, rows, sizes = jax.device_get((chunk.made, chunk.rows, chunk.place.decided))
+            seconds, position = time.perf_counter() - started, state.position
+            for i in range(int(made)):
+                report = {name: values[i] for name, values in rows.items()}
+                batch_size, position = report.pop("used"), position + int(report.pop("length"))
+                reader(_row(state.step + i + 1, position, int(batch_size), rung), report, seconds)
+            state = RunState(
+                params=chunk.params,
+                opt_state=chunk.opt_state,
+                position=position,
+                step=state.step + int(made),
+                batch_size=int(batch_size),
+                decided=tuple(sizes.tolist()),
+                skipped_in_a_row=reader.skipped_in_a_row,
+                seconds=seconds,
+            )
+            after_step(state.step, partial(_itself, state))
+        return state
 
     def _batch(self, rung: Rung, position: int, length: int) -> tuple[Any, Any, Any]:
         """A stretch of the stream, on the devices: indices, sizes of the groups, loops to make."""
@@ -237,17 +315,18 @@ class Run:
         return self._devices.spread(indices), self._devices.spread(sizes), loops
 
 
-def _read_back(launched: _Launched, seconds: float) -> tuple[Row, int]:
-    """Waits for a step: its numbers, and the batch size that it decided."""
-    row, report = launched.row, jax.device_get(launched.report)
-    next_batch_size = int(report.pop("batch_size"))
-    row.update({k: v for k, v in report.items() if k in COLUMNS})
-    row.update(next_batch_size=next_batch_size, seconds=seconds, skipped=int(row["skipped"]))
-    if row["skipped"]:  # the state is that of the step before, and so is its evidence
-        row.update(dict.fromkeys(EVIDENCE, np.float32(np.nan)))
-    if row["test_status"] == adabatch.BatchSizeStatus.AT_MAXIMUM:
-        row["noise_scale"] = np.float32(np.nan)  # the last one measured, no longer this step's
-    return row, next_batch_size
+def _row(step: int, examples: int, batch_size: int, rung: Rung) -> Row:
+    """What is known of a step before it is made."""
+    return {
+        "step": step,
+        "examples": examples,
+        "batch_size": batch_size,
+        "micro_batch_size": rung.micro_batch_size,
+    }
+
+
+def _itself(state: RunState) -> RunState:
+    return state
 
 
 def _curvature_batch(config: TrainConfig, num_examples: int) -> np.ndarray | None:

@@ -102,14 +102,18 @@ def make_step(
         count: jax.Array,
     ) -> tuple[PyTree, PyTree, dict[str, Any]]:
         groups = {"index": indices, "size": sizes}
-        value, noise = value_and_grad(params, groups, data, count=count, sizes=sizes)
+        measure = adabatch.needs_noise(opt_state)
+        value, noise = value_and_grad(
+            params, groups, data, count=count, sizes=sizes, measure=measure
+        )
         more = {} if curvature is None else curvature_arguments(jnp.asarray(curvature), data)
         updates, new_state = optimizer.update(
             noise.mean, opt_state, params, value=value, noise=noise, **more
         )
         new_params = optax.apply_updates(params, updates)
         shown, before = adabatch.metrics(new_state), adabatch.metrics(opt_state)
-        finite = jnp.isfinite(value) & trainable(noise.squared_norm) & jnp.isfinite(noise.scatter)
+        finite = jnp.isfinite(value) & trainable(noise.squared_norm)
+        finite &= jnp.isfinite(noise.scatter) | ~measure
         if "returns_made" in shown:  # a step back to AutoWU's snapshot is made whatever the loss is
             finite |= shown["returns_made"] > before["returns_made"]
 
@@ -132,9 +136,9 @@ class CompiledSteps:
       seconds_waited: for compilations, by the caller.
     """
 
-    def __init__(self, step: Callable[..., Any]) -> None:
-        """Keeps `step`, whose parameters and optimizer state will be donated."""
-        self._jitted = jax.jit(step, donate_argnums=(0, 1))
+    def __init__(self, make: Callable[[Rung], Callable[..., Any]]) -> None:
+        """`make(rung)` builds the step, whose parameters and optimizer state will be donated."""
+        self._make = make
         self._compiled: dict[Rung, Future[Callable[..., Any]]] = {}
         self._background = ThreadPoolExecutor(1, thread_name_prefix="compilation")
         self.seconds_waited = 0.0
@@ -150,10 +154,10 @@ class CompiledSteps:
     def prepare(self, rung: Rung, *arguments: Any) -> None:
         """Starts to compile the step of this rung, if nobody has; `arguments` as for the call."""
         if rung not in self._compiled:
-            lowered = self._jitted.lower(*arguments)
+            lowered = jax.jit(self._make(rung), donate_argnums=(0, 1)).lower(*arguments)
             self._compiled[rung] = self._background.submit(_compile, lowered)
 
-    def __call__(self, rung: Rung, *arguments: Any) -> tuple[PyTree, PyTree, dict[str, Any]]:
+    def __call__(self, rung: Rung, *arguments: Any) -> Any:
         """Runs the step of this rung."""
         start = time.perf_counter()
         self.prepare(rung, *arguments)

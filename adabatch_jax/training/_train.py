@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 import time
@@ -113,9 +114,12 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
         requested = stack.enter_context(between_steps(*numbers))
 
+        calls = itertools.count()
+
         def after_step(number: int, now: Callable[[], RunState]) -> None:
             stopped = requested()
-            if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(number):
+            call = next(calls)  # not the step: the processes agree on one of the next calls
+            if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(call):
                 stopped = signal.SIGTERM  # one of the processes got it, and all are at this step
             every = config.checkpoint_every
             if stopped == signal.SIGTERM or (every and (stopped or number % every == 0)):

@@ -80,15 +80,14 @@ def test_a_run_that_has_ended_ends_again(whole, copied):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_between_two_steps(number, whole, tmp_path, monkeypatch):
-    read = loop._read_back
+    read = loop._Reader.__call__
 
-    def read_back(*arguments):
-        row, after = read(*arguments)
+    def read_and_signal(reader, row, *arguments):
         if row["step"] == 3:
             signal.raise_signal(number)
-        return row, after
+        return read(reader, row, *arguments)
 
-    monkeypatch.setattr(loop, "_read_back", read_back)
+    monkeypatch.setattr(loop._Reader, "__call__", read_and_signal)
     with pytest.raises(RunInterrupted, match=f"{number.name} after step 5; its state is saved"):
         run(tmp_path)  # with a lag of one, step 5 is under way when step 3 is read
     monkeypatch.undo()
