@@ -123,18 +123,38 @@ def _show(result: Any) -> None:
     print(f"metrics.csv, summary.json, run.png and checkpoint are in {s['config']['out']}")
 
 
+_KINDS = {"INT": "an integer", "FLOAT": "a number", "{[INT [INT ...]]}": "integers"}
+# Python's words for a number that is none, the parser's for several types and for a value missing.
+_NO_NUMBER = (
+    r"Error parsing (--\S+): (?:invalid literal for (int)|could not convert .* to (float)).*: (.*)"
+)
+_NO_TYPE = (
+    r"Error parsing (--\S+): no type matching {None}\|(.+?) could be instantiated from \[(.*?)\]"
+)
+_NO_VALUE = r"Missing value for argument .*?(--[\w-]+)"
+
+
 def _unboxed(text: str) -> str:
     """One line out of the box that the argument parser draws around its message.
 
-    The box holds a title, the message wrapped over some lines, a rule, and a pointer to --help.
+    The box holds a title, the message wrapped over some lines, a rule, and a pointer to --help. Where
+    the output has no Unicode, it is drawn with minus signs, and the title has a rule below it.
     """
     title, *body = text.strip().splitlines() or [""]
-    message = []
-    for line in body:
-        if re.match(r"│ ─+ │|╰", line):
+    message: list[str] = []
+    for line in (line.strip("│╰╯ ") for line in body):
+        if not re.fullmatch("[─-]+", line):
+            message.append(line)
+        elif message:
             break
-        message.append(line.strip("│ "))
     title, said = title.strip("╭╮─ "), " ".join(message)
+    if found := re.fullmatch(_NO_NUMBER, said):
+        option, kind, value = found[1], _KINDS[(found[2] or found[3]).upper()], found[4]
+        return f"{option} must be {kind}, got {value}"
+    if found := re.match(_NO_TYPE, said):
+        return f"{found[1]} must be {_KINDS.get(found[2], found[2])}, got {found[3]}"
+    if found := re.match(_NO_VALUE, said):
+        return f"{found[1]} needs a value"
     said = re.sub(r"^Error parsing (Train|Spectrum)Config: ", "", said)
     return said if title == "Value error" or said.startswith(title) else f"{title}: {said}"
 

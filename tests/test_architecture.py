@@ -33,7 +33,7 @@ MAY_IMPORT = CORE | {
 }
 ONLY_IN_EXTRAS = {
     *("chex", "flax", "grain", "matplotlib", "orbax", "rich", "sklearn", "tyro"),
-    *("equinox", "hypothesis", "pytest"),
+    *("equinox", "hypothesis", "pytest", "tensorboardX"),
 }
 NEEDED_BY_TINYGP = {"equinox"}
 MAX_LINES = 400

@@ -23,7 +23,7 @@ FINDS_ITS_RATE = ("autowu", "autowu-improved")
 RESUMES = ("always", "auto", "never")
 # What may change between two parts of one run.
 OUTSIDE_THE_RUN = (
-    *("out", "data_dir", "data_file", "checkpoint_every", "keep", "resume"),
+    *("out", "data_dir", "data_file", "checkpoint_every", "keep", "resume", "tensorboard"),
     *("devices", "distributed", "coordinator", "num_processes", "process_id", "patience"),
 )
 
@@ -101,6 +101,9 @@ class TrainConfig:
     numbers are read together. Faster where steps take less than some milliseconds."""
     out: Path | None = None
     """Folder for metrics.csv, summary.json, run.png and checkpoint (default: runs/DATASET)."""
+    tensorboard: bool = False
+    """Write the columns of metrics.csv for TensorBoard as well, over steps, in OUT/tensorboard; needs
+    pip install 'adabatch-jax[tensorboard]'."""
     data_dir: Path | None = None
     """Folder that holds the IDX files of mnist or fashion-mnist."""
     data_file: Path | None = None
@@ -169,6 +172,8 @@ class TrainConfig:
         first, largest = self.initial_batch_size, self.max_batch_size
         if not self.auto:  # with --auto the sizes left out depend on the data
             first, largest = first or _FIRST_BATCH_SIZE, largest or _LARGEST_BATCH_SIZE
+        if largest and largest > 2**30:
+            raise ValueError(f"train: --max-batch-size must be at most 2**30, got {largest}")
         if first and largest and first > largest:
             raise ValueError(
                 f"train: --initial-batch-size {first} exceeds --max-batch-size {largest}"

@@ -31,6 +31,7 @@ from adabatch_jax.training._progress import Progress
 from adabatch_jax.training._report import MetricsWriter, read_metrics, write_json
 from adabatch_jax.training._resume import Checkpoints, RunState, data_checksum
 from adabatch_jax.training._step import make_evaluation
+from adabatch_jax.training._tensorboard import EventWriter, check_tensorboard
 from adabatch_jax.training._text import load_text
 
 PyTree = Any
@@ -50,6 +51,7 @@ class TrainResult(NamedTuple):
 def train(config: TrainConfig, *, console: rich.console.Console | None = None) -> TrainResult:
     """Trains as configured, shows progress, and leaves metrics.csv, summary.json, run.png and checkpoint.
 
+    With `tensorboard` the columns of metrics.csv are event files as well, in OUT/tensorboard.
     With `checkpoint_every` the state of the run is saved while it goes on, in OUT/state, and `resume`
     goes on with the newest; SIGTERM saves it in any case. The same bits come out as if nothing had
     happened, on the same machine. Several processes (`coordinator`, `distributed`) make one run: the
@@ -70,7 +72,7 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
       measured, `curvature`: what it was last, `refreshes` and `failed_refreshes`.
 
     Raises:
-      ValueError: the data cannot be used.
+      ValueError: the data cannot be used; `tensorboard` without tensorboardX.
       OSError: the output folder cannot be written.
       TrainingError: the loss stays not finite.
       ProcessLost: another process of the run does not answer.
@@ -85,6 +87,8 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
       >>> result.summary["examples"]
       1437
     """
+    if config.tensorboard:
+        check_tensorboard()
     connect(config)
     dataset = _load(config)
     config = config.resolved(len(dataset.train_labels))
@@ -110,7 +114,8 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
     begin = _beginning(config, checkpoints, run.first)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
-        on_row, flush = _recorder(out, budget, begin, console, stack) if main else _silence()
+        record = _recorder(config, out, budget, begin, console, stack) if main else _silence()
+        on_row, flush = record
         numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
         requested = stack.enter_context(between_steps(*numbers))
 
@@ -186,6 +191,8 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
 
 def _load(config: TrainConfig) -> Dataset:
     if config.data_file is not None:
+        if not config.data_file.is_file():
+            raise ValueError(f"train: --data-file {config.data_file}: there is no such file")
         dataset = load_text(config.data_file)
     else:
         dataset = load_dataset(config.dataset, config.data_dir)
@@ -219,6 +226,7 @@ def _beginning(config: TrainConfig, checkpoints: Checkpoints, first: RunState) -
 
 
 def _recorder(
+    config: TrainConfig,
     out: Path,
     budget: int,
     begin: RunState,
@@ -227,10 +235,16 @@ def _recorder(
 ) -> tuple[Callable[[Row], None], Callable[[], None]]:
     """What is done with every row of numbers, and a function that makes them outlive the process."""
     writer = stack.enter_context(MetricsWriter(out / "metrics.csv", COLUMNS, keep_rows=begin.step))
+    events = None
+    if config.tensorboard:
+        given = out / "metrics.csv", begin.step, begin.seconds
+        events = stack.enter_context(EventWriter(out / "tensorboard", *given))
     progress = stack.enter_context(Progress(budget, console, start=begin.position))
 
     def on_row(row: Row) -> None:
         writer.write(row)
+        if events is not None:
+            events.write(row)
         progress.update(
             row["examples"],
             float(row["loss"]),

@@ -1,0 +1,74 @@
+"""Writes API.md: every public name, by room, with the first line of its docstring.
+
+python tests/api_index.py writes it; tests/test_api_index.py compares it with the docstrings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pathlib
+import typing
+
+import adabatch_jax
+import adabatch_jax.training
+
+PATH = pathlib.Path(__file__).parents[1] / "API.md"
+ROOMS = ("noise", "batch_size", "curvature", "learning_rate", "optimizers", "training")
+HEAD = """# Public names
+
+Written by `python tests/api_index.py` from the docstrings; `help(name)` shows all of one: formula,
+arguments, example, source. `import adabatch_jax as adabatch` has the names of the first five rooms,
+`adabatch_jax.training` those of the last.
+"""
+
+
+def first_line(room: str, name: str) -> str:
+    """The docstring's first line; a name without one of its own says so as a ValueError."""
+    thing = getattr(importlib.import_module(f"adabatch_jax.{room}"), name)
+    doc = inspect.cleandoc(thing.__doc__ or "")
+    if not doc or doc.startswith(f"{name}("):  # what dataclasses and NamedTuples make up
+        raise ValueError(f"adabatch_jax.{room}.{name} has no docstring of its own")
+    return doc.splitlines()[0]
+
+
+def shown(room: str, name: str) -> str:
+    """`name(arguments)` without defaults; a type alone as its name."""
+    thing = getattr(importlib.import_module(f"adabatch_jax.{room}"), name)
+    if inspect.isclass(thing):
+        return f"`{name}`"
+    parts, starred = [], False
+    for parameter in inspect.signature(thing).parameters.values():
+        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(
+            parameter.kind, ""
+        )
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            parts.append("…")
+            break
+        starred |= prefix == "*"
+        parts.append(prefix + parameter.name)
+    return f"`{name}({', '.join(parts)})`"
+
+
+def index() -> str:
+    """All of API.md."""
+    lines, missing = [HEAD], set(adabatch_jax.__all__)
+    for room in ROOMS:
+        module = importlib.import_module(f"adabatch_jax.{room}")
+        offered = set(adabatch_jax.training.__all__ if room == "training" else adabatch_jax.__all__)
+        names = [name for name in module.__all__ if name in offered]
+        missing -= set(names)
+        guide = inspect.cleandoc(typing.cast(str, module.__doc__)).splitlines()[0]
+        lines += [f"## `{room}`", "", guide, "", "| name | gives |", "|---|---|"]
+        for name in names:
+            summary = first_line(room, name).replace("|", "\\|")
+            lines.append(f"| {shown(room, name)} | {summary} |")
+        lines.append("")
+    if missing:
+        raise ValueError(f"in no room of {ROOMS}: {sorted(missing)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PATH.write_text(index(), encoding="utf-8")
+    print(PATH)

@@ -1,0 +1,157 @@
+"""Flax linen, nnx, Equinox and plain functions: the loop is theirs, only the optimizer is new."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen, nnx
+from flax.training import train_state
+
+import adabatch_jax as adabatch
+
+
+def cross_entropy(logits, labels):
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def test_plain_functions(prove, controller, around, first_params, loss_fn):
+    optimizer = around(optax.chain(controller(), optax.adam(0.01)))
+
+    def step(carry, x, y):
+        params, opt_state = carry
+        value, grads = jax.value_and_grad(loss_fn)(params, x, y)
+        updates, opt_state = optimizer.update(grads, opt_state, params, value=value)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    first = first_params, optimizer.init(first_params)
+    last = prove(step, first, state=lambda carry: carry[1])
+    # Every batch was as large as the state said when it began, and not an example was lost.
+    ends = np.flatnonzero(last.moved)
+    assert (np.diff(ends, prepend=-1) * 8 == last.sizes[ends]).all()
+    shown = adabatch.metrics(last.carry[1])
+    assert shown["num_examples"] + 8 * int(shown["micro_batches"]) == 8 * len(last.sizes)
+
+
+class TrainState(train_state.TrainState):
+    """The one adapter that Flax needs: its own `apply_gradients` has no way to hand on the loss."""
+
+    def apply_gradients(self, *, grads, value, **fields):
+        updates, opt_state = self.tx.update(grads, self.opt_state, self.params, value=value)
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
+
+
+def remember_value():
+    """A link that wants the loss, as AutoWU does: it keeps the last that it was told."""
+
+    def update(updates, state, params=None, *, value=-1.0, **_):
+        return updates, jnp.asarray(value, jnp.float32)
+
+    return optax.GradientTransformationExtraArgs(lambda _: jnp.float32(0), update)
+
+
+def test_linen_with_a_train_state(prove, controller, around, digits):
+    """What a link inside is told is the mean loss over the micro-batches of its batch."""
+    model = linen.Sequential([linen.Dense(16), linen.relu, linen.Dense(10)])
+    tx = around(optax.chain(controller(), remember_value(), optax.adam(0.01)))
+    params = model.init(jax.random.key(0), digits[0][:1])
+    first = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    first = first.replace(step=jnp.int32(0))  # Flax begins with a Python integer: one trace more
+
+    def step(train_state, x, y):
+        value, grads = jax.value_and_grad(
+            lambda params: cross_entropy(train_state.apply_fn(params, x), y)
+        )(train_state.params)
+        return train_state.apply_gradients(grads=grads, value=value), value
+
+    last = prove(step, first, state=lambda train_state: train_state.opt_state)
+    assert int(last.carry.step) == len(last.losses), "a TrainState counts micro-batches"
+    before, end = np.flatnonzero(last.moved)[-2:]
+    told = last.carry.opt_state.inner_opt_state[1]
+    np.testing.assert_allclose(told, last.losses[before + 1 : end + 1].mean(), rtol=1e-5)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(64, 16, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.out = nnx.Linear(16, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.dropout(nnx.relu(self.hidden(x))))
+
+
+def test_nnx_with_dropout(prove, controller, around):
+    """The model's own state, here the count of its random numbers, moves with every micro-batch."""
+    model = Net(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(
+        model, around(optax.chain(controller(), optax.adam(0.01))), wrt=nnx.Param
+    )
+
+    def step(carry, x, y):
+        model, optimizer = carry
+        value, grads = nnx.value_and_grad(lambda model: cross_entropy(model(x), y))(model)
+        optimizer.update(model, grads, value=value)
+        return (model, optimizer), value
+
+    first = (model, optimizer)
+    last = prove(step, first, state=lambda carry: carry[1].opt_state, jit=nnx.jit)
+    assert int(model.dropout.rngs.count[...]) == len(last.losses)
+
+
+def equinox_net():
+    # An MLP holds its activation function: a leaf that is no array, so gradients hold None there.
+    return eqx.nn.MLP(64, 10, 16, 1, key=jax.random.key(0))
+
+
+def mean_loss(model, x, y):
+    return cross_entropy(jax.vmap(model)(x), y)
+
+
+def test_equinox(prove, controller, around):
+    optimizer = around(optax.chain(controller(), optax.adam(0.01)))
+    model = equinox_net()
+
+    def step(carry, x, y):
+        model, opt_state = carry
+        value, grads = eqx.filter_value_and_grad(mean_loss)(model, x, y)
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, opt_state = optimizer.update(grads, opt_state, params, value=value)
+        return (eqx.apply_updates(model, updates), opt_state), value
+
+    first = (model, optimizer.init(eqx.filter(model, eqx.is_inexact_array)))
+    last = prove(step, first, state=lambda carry: carry[1], jit=eqx.filter_jit)
+    assert last.carry[0].activation is model.activation
+
+
+def test_equinox_fused(digits, controller):
+    """All of a batch in one call: `eqx.partition` parts what is differentiated from what is not."""
+    images, labels = digits
+    params, static = eqx.partition(equinox_net(), eqx.is_inexact_array)
+    optimizer = optax.chain(controller(), optax.adam(0.01))
+    measure = adabatch.value_and_grad_noise(
+        lambda params, group: mean_loss(eqx.combine(params, static), *group)
+    )
+
+    @jax.jit
+    def step(params, opt_state, groups):
+        count = adabatch.get_batch_size(opt_state) // 8
+        value, noise = measure(params, groups, count=count)
+        updates, opt_state = optimizer.update(
+            noise.mean, opt_state, params, noise=noise, value=value
+        )
+        return optax.apply_updates(params, updates), opt_state, value
+
+    opt_state, losses, sizes = optimizer.init(params), [], []
+    for number in range(40):
+        rows = np.random.default_rng(number).permutation(1024)[:128]
+        sizes.append(int(adabatch.get_batch_size(opt_state)))
+        groups = adabatch.split_groups((images[rows], labels[rows]), 16)
+        params, opt_state, value = step(params, opt_state, groups)
+        losses.append(float(value))
+    assert step._cache_size() == 1
+    assert len(set(sizes)) >= 4 and np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    assert adabatch.metrics(opt_state)["num_examples"] == sum(sizes)
