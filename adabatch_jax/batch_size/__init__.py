@@ -4,7 +4,8 @@ A criterion turns the noise of a gradient into a required batch size; `adapt_bat
 batch size in the optimizer state; `adaptive_multi_steps` gathers micro-batches until it is reached.
 
 * Criteria: `norm_test`, `coordinate_norm_test`, `inner_product_test`,
-  `augmented_inner_product_test`, `gradient_noise_scale`; `Criterion` and `Evidence` to write one.
+  `augmented_inner_product_test`, `gradient_noise_scale`; `cabs`, which reads the loss, too;
+  `batch_size_schedule`, which measures nothing; `Criterion` and `Evidence` to write one.
 * `get_batch_size`, `has_updated`, `needs_noise` and `metrics` read any optimizer state that holds a
   controller.
 """
@@ -19,6 +20,7 @@ from adabatch_jax.batch_size._criteria import (
 )
 from adabatch_jax.batch_size._criterion import Criterion, Evidence
 from adabatch_jax.batch_size._multi_steps import adaptive_multi_steps
+from adabatch_jax.batch_size._policies import batch_size_schedule, cabs
 from adabatch_jax.batch_size._read import get_batch_size, has_updated, metrics, needs_noise
 from adabatch_jax.batch_size._state import BatchSizeStatus
 
@@ -29,6 +31,8 @@ __all__ = [
     "adapt_batch_size",
     "adaptive_multi_steps",
     "augmented_inner_product_test",
+    "batch_size_schedule",
+    "cabs",
     "coordinate_norm_test",
     "get_batch_size",
     "gradient_noise_scale",

@@ -14,7 +14,7 @@ from adabatch_jax import _validate
 from adabatch_jax.batch_size._criterion import Criterion, Evidence, corrected
 from adabatch_jax.batch_size._state import AdaptBatchSizeState, BatchSizeStatus
 from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._clock import advance, zero_clock
+from adabatch_jax.noise._clock import advance, as_float, zero_clock
 
 PyTree = Any
 _DISPLAY_DECAY = 0.9  # of the noise scale that `metrics` reports; no decision hangs on it
@@ -62,8 +62,8 @@ def adapt_batch_size(
     tests always judge the whole gradient.
 
     `update` reads `noise=` (a `GradientNoise`, measured before any clipping) and `hold_batch_size=`
-    (bool, may be traced: skip the test), and `emit=` from `adaptive_multi_steps`; other extra arguments
-    are ignored.
+    (bool, may be traced: skip the test), `emit=` from `adaptive_multi_steps`, and what the criterion
+    reads, such as `value=` for `cabs`; other extra arguments are ignored.
 
     Args:
       criterion: a criterion such as `norm_test(0.5)`, or any function from `GradientNoise` to a
@@ -96,7 +96,7 @@ def adapt_batch_size(
     Raises:
       ValueError: sizes not positive or out of order; `multiple_of` does not divide them;
         `growth_limit` ≤ 1; `smoothing` outside [0, 1); `debias` with a plain function as criterion;
-        at trace time, a missing `noise=`.
+        at trace time, a missing `noise=`, or an extra argument that the criterion reads.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -150,7 +150,7 @@ def adapt_batch_size(
             required_batch_size=jnp.zeros((), jnp.float32),
             test_status=jnp.array(int(BatchSizeStatus.NOT_TESTED), jnp.int32),
             skipped_tests=jnp.zeros((), jnp.int32),
-            test_due=jnp.logical_not(full(first)),
+            test_due=~full(first) & criterion.uses_noise,
         )
 
     def next_size(batch_size: jax.Array, required: jax.Array) -> jax.Array:
@@ -167,18 +167,22 @@ def adapt_batch_size(
         whole = jnp.minimum(whole + (-whole) % multiple_of, max_batch_size)
         return jnp.maximum(whole, batch_size) if monotone else whole
 
-    def test(noise: GradientNoise, state: AdaptBatchSizeState) -> _Tested:
-        evidence = criterion.evidence(noise)
+    def test(
+        noise: GradientNoise, read: dict[str, jax.Array], state: AdaptBatchSizeState
+    ) -> _Tested:
+        evidence = criterion.evidence(noise, **read)
         square = noise.squared_norm
         examples = jnp.maximum(jnp.asarray(noise.num_examples).astype(jnp.float32), 1.0)
         population = jnp.float32(1.0)
-        if dataset_size is not None:
+        if dataset_size is not None and criterion.uses_noise:
             left = jnp.maximum(dataset_size - examples, 0.0)
             population = left / max(dataset_size - 1.0, 1.0)
         new = corrected(criterion, evidence, noise, debias=debias, population=population)
-        finite = _all_finite((evidence, square, jnp.asarray(noise.scatter)))
-        enough = jnp.asarray(noise.num_groups) > 1
-        usable = enough & finite & (square > 0)
+        measured = (square, jnp.asarray(noise.scatter)) if criterion.uses_noise else ()
+        finite = _all_finite((evidence, measured))
+        enough = (jnp.asarray(noise.num_groups) > 1) | (not criterion.uses_noise)
+        signal = (square > 0) | (not criterion.uses_noise)
+        usable = enough & finite & signal
 
         ema, weight = state.evidence_ema, state.evidence_weight
         if smoothing is None:
@@ -200,8 +204,10 @@ def adapt_batch_size(
         shown = jnp.stack([noise.trace, square - population * noise.trace / examples])
         keep = jnp.where(state.display_ema[0] > 0, jnp.float32(_DISPLAY_DECAY), 0.0)
         shown = keep * state.display_ema + (1 - keep) * shown
+        if not criterion.uses_noise:  # nor need it have been measured
+            shown = jnp.where(jnp.all(jnp.isfinite(shown)), shown, state.display_ema)
         status = jnp.where(moved == size, BatchSizeStatus.PASSED, BatchSizeStatus.CHANGED)
-        status = jnp.where(square > 0, status, BatchSizeStatus.ZERO_GRADIENT)
+        status = jnp.where(signal, status, BatchSizeStatus.ZERO_GRADIENT)
         status = jnp.where(finite, status, BatchSizeStatus.NOT_FINITE)
         status = jnp.where(enough, status, BatchSizeStatus.TOO_FEW_GROUPS)
 
@@ -231,7 +237,7 @@ def adapt_batch_size(
         emit: Any = True,
         **extra_args: Any,
     ) -> tuple[PyTree, AdaptBatchSizeState]:
-        del params, extra_args
+        del params
         if noise is None:
             raise ValueError(
                 "adapt_batch_size needs the noise of the gradient: call "
@@ -242,22 +248,26 @@ def adapt_batch_size(
         due = state.updates_seen % test_interval == 0
         at_maximum = full(state.next_batch_size)
 
-        def skip(_: GradientNoise, state: AdaptBatchSizeState) -> _Tested:
+        def skip(_: GradientNoise, __: Any, state: AdaptBatchSizeState) -> _Tested:
             status = jnp.where(due, BatchSizeStatus.HELD, BatchSizeStatus.NOT_TESTED)
             status = jnp.where(at_maximum, BatchSizeStatus.AT_MAXIMUM, status)
             unchanged = _Tested(*(getattr(state, name) for name in _Tested._fields))
             return unchanged._replace(test_status=status.astype(jnp.int32))
 
+        clock = advance(state.examples_clock, noise.num_examples)
+        read = _read(criterion, {**extra_args, "examples_seen": as_float(clock)})
         if criterion.coordinate_wise:
             noise = _without_masked(noise, updates)
         # Without `emit` the batch is not complete, and adaptive_multi_steps drops what we return.
         complete = jnp.asarray(emit).astype(bool)
-        tested = jax.lax.cond(due & complete & ~hold & ~at_maximum, test, skip, noise, state)
+        tested = jax.lax.cond(due & complete & ~hold & ~at_maximum, test, skip, noise, read, state)
         seen = optax.safe_increment(state.updates_seen)
         return updates, state._replace(
-            examples_clock=advance(state.examples_clock, noise.num_examples),
+            examples_clock=clock,
             updates_seen=seen,
-            test_due=(seen % test_interval == 0) & ~full(tested.next_batch_size),
+            test_due=(seen % test_interval == 0)
+            & ~full(tested.next_batch_size)
+            & criterion.uses_noise,
             **tested._asdict(),
         )
 
@@ -280,6 +290,16 @@ def _as_criterion(criterion: Any, debias: bool) -> Criterion:
         return Evidence(required, jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32))
 
     return Criterion(getattr(criterion, "__name__", "criterion"), evidence)
+
+
+def _read(criterion: Criterion, known: dict[str, Any]) -> dict[str, jax.Array]:
+    missing = [name for name in criterion.reads if known.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"adapt_batch_size: {criterion.name} reads {missing[0]}=: call optimizer.update(gradient, "
+            f"state, params, noise=noise, {missing[0]}=…)"
+        )
+    return {name: jnp.asarray(known[name]).astype(jnp.float32) for name in criterion.reads}
 
 
 def _check_sizes(initial: Any, largest: Any, smallest: Any, multiple_of: Any) -> None:
@@ -317,7 +337,8 @@ def _zero_evidence(criterion: Criterion, params: PyTree) -> PyTree:
             coordinate_scatter=jax.tree.map(lambda p: p.astype(jnp.float32), params),
             inner_product_scatter=zero,
         )
-        return corrected(criterion, criterion.evidence(noise), noise)
+        evidence = criterion.evidence(noise, **dict.fromkeys(criterion.reads, zero))
+        return corrected(criterion, evidence, noise)
 
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(trial, params))
 

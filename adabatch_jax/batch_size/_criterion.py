@@ -54,6 +54,9 @@ class Criterion:
       summarize: `(numerator, denominator)` as pytrees → the two scalars that decide.
       debias: the denominator is always de-biased, since the quantity is defined that way.
       coordinate_wise: the evidence has a number for every coordinate, not scalars.
+      reads: what `evidence` takes by keyword besides the noise: "examples_seen" (float32, all examples
+        used so far), or an extra argument of `update` such as "value", the mean loss.
+      uses_noise: False: the noise does not matter, need not be measured, and cannot spoil the decision.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,11 +69,13 @@ class Criterion:
     """
 
     name: str
-    evidence: Callable[[GradientNoise], Evidence]
+    evidence: Callable[..., Evidence]
     scale: Any = 1.0
     summarize: Callable[[PyTree, PyTree], tuple[jax.Array, jax.Array]] = _as_they_are
     debias: bool = False
     coordinate_wise: bool = False
+    reads: tuple[str, ...] = ()
+    uses_noise: bool = True
 
     def required(self, numerator: jax.Array, denominator: jax.Array) -> jax.Array:
         """The required batch size: 0 without variance, +inf with variance but nothing to compare it to."""
@@ -79,9 +84,10 @@ class Criterion:
         unbounded = jnp.where(jnp.isnan(bound), jnp.nan, jnp.inf)
         return jnp.where(numerator <= 0, 0.0, jnp.where(bound > 0, ratio, unbounded))
 
-    def __call__(self, noise: GradientNoise) -> jax.Array:
-        """The required batch size (float32 scalar) that this one gradient asks for."""
-        return self.required(*self.summarize(*corrected(self, self.evidence(noise), noise)))
+    def __call__(self, noise: GradientNoise, **read: Any) -> jax.Array:
+        """The required batch size (float32 scalar) that this one gradient asks for; `read`: see `reads`."""
+        evidence = self.evidence(noise, **read)
+        return self.required(*self.summarize(*corrected(self, evidence, noise)))
 
 
 def corrected(

@@ -162,6 +162,10 @@ FUNCTIONS = {
         adabatch.augmented_inner_product_test(0.9, 5.84), p
     ),
     "gradient_noise_scale": lambda p: of_noise(adabatch.gradient_noise_scale(), p),
+    "cabs": lambda p: of_noise(functools.partial(adabatch.cabs(0.1), value=2.0), p),
+    "batch_size_schedule": lambda p: of_noise(
+        functools.partial(adabatch.batch_size_schedule(lambda n: n / 2), examples_seen=64.0), p
+    ),
     "get_batch_size": lambda p: of_state(adabatch.get_batch_size, p),
     "has_updated": lambda p: of_state(adabatch.has_updated, p),
     "needs_noise": lambda p: of_state(adabatch.needs_noise, p),
