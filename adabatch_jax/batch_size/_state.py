@@ -46,7 +46,7 @@ class AdaptBatchSizeState(NamedTuple):
     required_batch_size: jax.Array  # float32: what the last test asked for
     test_status: jax.Array  # int32: BatchSizeStatus
     skipped_tests: jax.Array  # int32: tests without usable evidence
-    test_due: jax.Array  # bool: the next update tests, unless it is held
+    test_due: jax.Array  # bool: the next update looks at the noise, unless it is held
 
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""

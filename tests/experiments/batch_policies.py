@@ -13,6 +13,10 @@ Printed, and saved beside it: table.md, table.csv and for every task a picture o
 steps. Every point has used the same examples, but for a part of a batch, so the line through the constant
 batches is the frontier: a policy is worth its trouble where it lies above. Seconds are those of the
 compiled loop, and depend on what else the machine does.
+
+Expected (Fashion-MNIST, MLP, AdaGrad): constant batches give 0.867, 0.861, 0.839 and 0.811 in 2344, 586,
+147 and 37 steps. The norm test moves along this line, 0.843 in 183 steps at η = 1, or just below it, 0.821
+in 74 at η = 0.5. With the rate × √b it lies above: 0.860 in 364.
 """
 
 from __future__ import annotations
