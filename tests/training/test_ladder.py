@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adabatch_jax.training import rung_for
+from adabatch_jax.training._ladder import batch_sizes_of
 
 sizes = st.integers(2, 5000)
 
@@ -36,6 +37,14 @@ def test_rungs_double_and_are_few(ladder):
     assert len(set(rungs)) == len(micro), "one shape per micro-batch size"
     assert all(b == 2 * a for a, b in itertools.pairwise(micro))
     assert rungs == sorted(rungs, key=lambda r: r.micro_batch_size), "it only climbs"
+
+
+@given(ladders())
+def test_the_batch_sizes_of_a_rung_are_those_that_come_to_it(ladder):
+    for b in range(ladder["initial_batch_size"], ladder["max_batch_size"] + 1):
+        low, high = batch_sizes_of(rung_for(b, **ladder), **ladder)
+        assert low <= b < high
+        assert high > ladder["max_batch_size"] or rung_for(high, **ladder) != rung_for(b, **ladder)
 
 
 def test_below_the_top_the_allocation_is_at_most_a_few_times_the_batch():
