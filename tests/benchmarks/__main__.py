@@ -31,7 +31,7 @@ PEERS = {"noise_peers.py": "--peers-python", "curvature_peers.py": "--pyhessian-
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="tests.benchmarks", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peers-python", help="of the environment that peers.sh makes")
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     options = parser.parse_args()
