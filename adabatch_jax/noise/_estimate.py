@@ -70,7 +70,9 @@ def value_and_grad_noise(
         examples, integer and boolean leaves as sums.
       axis_name: name, or names, of the device axis under `pmap` or `shard_map`. Value, gradient
         and noise come back merged over all devices: do not average them again.
-      vectorize: groups computed at once under `vmap`. More memory, fewer and larger operations.
+      vectorize: groups computed at once under `vmap`. More memory, fewer and larger operations, which is
+        not always faster: on a CPU sixteen single examples at once take 18 times as long as one by one on
+        a wide MLP, 4 times on a CNN, as long on a transformer (tests/benchmarks/noise_peers.py).
       coordinate_wise: also keep `coordinate_scatter` (one more float32 copy of the parameters).
       inner_products: also compute `inner_product_scatter` (one forward-mode pass more; a loss with a
         `custom_vjp` has no forward mode and cannot be used).
