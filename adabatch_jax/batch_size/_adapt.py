@@ -178,10 +178,12 @@ def adapt_batch_size(
             left = jnp.maximum(dataset_size - examples, 0.0)
             population = left / max(dataset_size - 1.0, 1.0)
         new = corrected(criterion, evidence, noise, debias=debias, population=population)
-        measured = (square, jnp.asarray(noise.scatter)) if criterion.uses_noise else ()
-        finite = _all_finite((evidence, measured))
-        enough = (jnp.asarray(noise.num_groups) > 1) | (not criterion.uses_noise)
-        signal = (square > 0) | (not criterion.uses_noise)
+        ignored = not criterion.uses_noise
+        finite = _all_finite(evidence) & (
+            ignored | _all_finite((square, jnp.asarray(noise.scatter)))
+        )
+        enough = ignored | (jnp.asarray(noise.num_groups) > 1)
+        signal = ignored | (square > 0)
         usable = enough & finite & signal
 
         ema, weight = state.evidence_ema, state.evidence_weight
@@ -204,7 +206,7 @@ def adapt_batch_size(
         shown = jnp.stack([noise.trace, square - population * noise.trace / examples])
         keep = jnp.where(state.display_ema[0] > 0, jnp.float32(_DISPLAY_DECAY), 0.0)
         shown = keep * state.display_ema + (1 - keep) * shown
-        if not criterion.uses_noise:  # nor need it have been measured
+        if ignored:  # it need not have been measured
             shown = jnp.where(jnp.all(jnp.isfinite(shown)), shown, state.display_ema)
         status = jnp.where(moved == size, BatchSizeStatus.PASSED, BatchSizeStatus.CHANGED)
         status = jnp.where(signal, status, BatchSizeStatus.ZERO_GRADIENT)

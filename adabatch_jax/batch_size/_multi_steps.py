@@ -13,7 +13,7 @@ from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, v
 from adabatch_jax._tree import cast_like, squared_norm, trainable, widen
 from adabatch_jax.batch_size._read import controller_state, get_batch_size, metrics, needs_noise
 from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._gradient_noise import blend, join_noise, pool_noise
+from adabatch_jax.noise._gradient_noise import blend, join_noise, pool_noise, unless_measured
 
 PyTree = Any
 
@@ -152,13 +152,13 @@ def adaptive_multi_steps(
         devices = 1
         for axis in axes:
             devices *= jax.lax.axis_size(axis)
+        # Whether there will be a test is known before: the controller moves only when a batch is full.
+        measure = needs_noise(state.inner_opt_state)
         if noise is None:
             _check_first_batch(_initial_size(optimizer, updates), micro_batch_size, devices, 2)
             found, loss, skipped = _measure(updates, value, micro_batch_size, coordinate_wise, axes)
         else:
-            found, loss, skipped = _given(noise, value, needs_noise(state.inner_opt_state))
-        # Whether there will be a test is known before: the controller moves only when a batch is full.
-        measure = needs_noise(state.inner_opt_state)
+            found, loss, skipped = _given(noise, value, measure)
         joint = join_noise(state.gathered_noise, found, measure)
         n_old = state.gathered_noise.num_examples.astype(jnp.float32)
         mean_loss = blend(n_old, state.gathered_value, found.num_examples.astype(jnp.float32), loss)
@@ -189,7 +189,7 @@ def adaptive_multi_steps(
             mean,
             state.inner_opt_state,
             params,
-            noise=joint._replace(mean=mean).where(measure),
+            noise=unless_measured(joint._replace(mean=mean), measure),
             hold_batch_size=jnp.asarray(hold_batch_size).astype(bool) | averaged,
             emit=emit,
             **extra_args,

@@ -118,7 +118,7 @@ def needs_noise(opt_state: PyTree) -> jax.Array:
     """Whether the next optimizer step tests the noise: `measure=` of `value_and_grad_noise`.
 
     Between two tests (`test_interval`), and once the batch is as large as it may get, nobody asks for
-    the noise, and a step that does not measure it costs no more than its gradient.
+    the noise, and a step that does not measure it costs hardly more than its gradient.
     `adaptive_multi_steps` sees to it by itself.
 
     Args:

@@ -18,7 +18,13 @@ from adabatch_jax._axes import (
     varying_axes,
 )
 from adabatch_jax._tree import align, cast_like, widen
-from adabatch_jax.noise._gradient_noise import GradientNoise, blend, join_noise, pool_noise
+from adabatch_jax.noise._gradient_noise import (
+    GradientNoise,
+    blend,
+    join_noise,
+    pool_noise,
+    unless_measured,
+)
 from adabatch_jax.noise._groups import group_sizes, leading_shape
 
 PyTree = Any
@@ -92,7 +98,7 @@ def value_and_grad_noise(
         Default: the axis after the leading ones. Groups of unequal size stay unbiased provided
         `loss_fn` averages over the real examples only. A group of size 0 is ignored, even if NaN.
       * `measure`: bool, may be traced: whether the noise is wanted. False leaves every scatter NaN, and
-        the call costs what the gradient alone does (but for what `vectorize`, `lanes` and
+        the call costs little more than the gradient alone (but for what `vectorize`, `lanes` and
         `coordinate_wise` compute anyway). `needs_noise(opt_state)` tells.
       * `noise.mean` is the gradient, in the dtype of the parameters; `value` the mean loss over all
         examples; statistics are float32. With no examples at all the value is NaN, the gradient 0.
@@ -177,7 +183,7 @@ def value_and_grad_noise(
             along = pool(accumulate(second, projection)).noise.scatter
             noise = noise._replace(inner_product_scatter=along)
         if measure is not None:
-            noise = noise.where(jnp.asarray(measure).astype(bool))
+            noise = unless_measured(noise, jnp.asarray(measure).astype(bool))
 
         empty = noise.num_examples == 0
         value = jnp.where(empty, jnp.nan, total.value)

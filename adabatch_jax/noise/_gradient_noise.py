@@ -56,18 +56,6 @@ class GradientNoise(NamedTuple):
         value = jnp.asarray(scatter, jnp.float32) / jnp.maximum(groups - 1.0, 1.0)
         return jnp.where(groups > 1.0, value, jnp.nan)
 
-    def where(self, measured: jax.Array) -> GradientNoise:
-        """The same, its scatters NaN unless `measured`."""
-
-        def known(tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda x: jnp.where(measured, x, jnp.nan), tree)
-
-        return self._replace(
-            scatter=known(self.scatter),
-            coordinate_scatter=known(self.coordinate_scatter),
-            inner_product_scatter=known(self.inner_product_scatter),
-        )
-
     @property
     def trace(self) -> jax.Array:
         """tr Σ of one example's gradient, float32 scalar; NaN for fewer than two groups."""
@@ -177,6 +165,19 @@ def join_noise(a: GradientNoise, b: GradientNoise, measure: Any = None) -> Gradi
         num_examples=jnp.asarray(a.num_examples) + jnp.asarray(b.num_examples),
         num_groups=jnp.asarray(a.num_groups) + jnp.asarray(b.num_groups),
         coordinate_scatter=coordinate_scatter,
+    )
+
+
+def unless_measured(noise: GradientNoise, measured: jax.Array) -> GradientNoise:
+    """The same noise, with NaN for every scatter where it was not `measured`."""
+
+    def known(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: jnp.where(measured, x, jnp.nan), tree)
+
+    return noise._replace(
+        scatter=known(noise.scatter),
+        coordinate_scatter=known(noise.coordinate_scatter),
+        inner_product_scatter=known(noise.inner_product_scatter),
     )
 
 

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from noise_estimators import WideMLP
 
 import adabatch_jax as adabatch
 from adabatch_jax.training._models import CNN
@@ -45,16 +46,6 @@ Way = Callable[[PyTree], PyTree]  # one optimizer step: what it was given before
 GROUPS = 64
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 RATE = 1e-6  # the parameters hardly move, so every turn computes the same
-
-
-class DeepMLP(nn.Module):
-    """784-1024-1024-1024-10."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(3):
-            x = nn.relu(nn.Dense(1024)(x))
-        return nn.Dense(10)(x)
 
 
 PROBLEMS = ("mlp", "cnn", "transformer")
@@ -70,7 +61,7 @@ def problem(name: str) -> tuple[Callable[..., jax.Array], PyTree, PyTree]:
         net, x, y = Transformer(256), jnp.asarray(text[..., :-1], jnp.int32), text[..., 1:]
     else:
         shape = (784,) if name == "mlp" else (28, 28)
-        net = DeepMLP() if name == "mlp" else CNN(10)
+        net = WideMLP(hidden=3) if name == "mlp" else CNN(10)
         x = jnp.asarray(rng.normal(size=(GROUPS, size, *shape)), jnp.float32)
         y = rng.integers(0, 10, (GROUPS, size))
 

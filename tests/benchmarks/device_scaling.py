@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
+from noise_estimators import WideMLP
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import make_step
@@ -35,16 +35,6 @@ from adabatch_jax.training._step import losses_and_logits
 
 NUMBERS = (1, 2, 4, 8)
 BATCH, GROUPS = 1024, 32
-
-
-class WideMLP(nn.Module):
-    """784-1024-1024-10."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(2):
-            x = nn.relu(nn.Dense(1024)(x))
-        return nn.Dense(10)(x)
 
 
 NET = WideMLP()

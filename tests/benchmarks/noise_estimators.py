@@ -48,11 +48,13 @@ PyTree = Any
 
 
 class WideMLP(nn.Module):
-    """784-1024-1024-10."""
+    """784-1024-…-1024-10."""
+
+    hidden: int = 2
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(2):
+        for _ in range(self.hidden):
             x = nn.relu(nn.Dense(1024)(x))
         return nn.Dense(10)(x)
 
