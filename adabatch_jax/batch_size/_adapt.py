@@ -179,9 +179,7 @@ def adapt_batch_size(
             population = left / max(dataset_size - 1.0, 1.0)
         new = corrected(criterion, evidence, noise, debias=debias, population=population)
         ignored = not criterion.uses_noise
-        finite = _all_finite(evidence) & (
-            ignored | _all_finite((square, jnp.asarray(noise.scatter)))
-        )
+        finite = _all_finite((evidence, () if ignored else (square, jnp.asarray(noise.scatter))))
         enough = ignored | (jnp.asarray(noise.num_groups) > 1)
         signal = ignored | (square > 0)
         usable = enough & finite & signal
