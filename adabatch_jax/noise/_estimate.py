@@ -4,39 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import (
-    AxisName,
-    axis_tuple,
-    checked_axes,
-    to_varying,
-    varying_axes,
+from adabatch_jax._axes import AxisName, axis_tuple, to_varying, varying_axes
+from adabatch_jax._tree import cast_like
+from adabatch_jax.noise._gradient_noise import GradientNoise, unless_measured
+from adabatch_jax.noise._groups import check_single_examples, group_sizes, leading_shape
+from adabatch_jax.noise._tally import (
+    Tally,
+    accumulate,
+    first,
+    join_aux,
+    pool,
+    pool_devices,
+    prepare,
+    single,
+    split_aux,
+    sum_leading,
 )
-from adabatch_jax._tree import align, cast_like, widen
-from adabatch_jax.noise._gradient_noise import (
-    GradientNoise,
-    blend,
-    join_noise,
-    pool_noise,
-    unless_measured,
-)
-from adabatch_jax.noise._groups import group_sizes, leading_shape
+from adabatch_jax.noise.structured._batch import batch_tally
 
 PyTree = Any
-
-
-class _Tally(NamedTuple):
-    """What one group gives, and what the groups so far add up to."""
-
-    noise: GradientNoise
-    value: jax.Array  # mean loss
-    averaged: PyTree  # float leaves of aux: weighted means
-    summed: PyTree  # other leaves of aux: sums
 
 
 def value_and_grad_noise(
@@ -44,10 +36,11 @@ def value_and_grad_noise(
     *,
     has_aux: bool = False,
     axis_name: AxisName = None,
-    vectorize: int = 1,
+    vectorize: int | None = None,
     coordinate_wise: bool = False,
     inner_products: bool = False,
     lanes: bool = False,
+    per_example: str | None = None,
 ) -> Callable[..., tuple[Any, GradientNoise]]:
     """Like `jax.value_and_grad`, over groups of examples, with the noise of the gradient beside it.
 
@@ -76,12 +69,18 @@ def value_and_grad_noise(
         examples, integer and boolean leaves as sums.
       axis_name: name, or names, of the device axis under `pmap` or `shard_map`. Value, gradient
         and noise come back merged over all devices: do not average them again.
-      vectorize: groups computed at once under `vmap`. More memory, fewer and larger operations, which is
-        not always faster: on a CPU sixteen single examples at once take 18 times as long as one by one on
-        a wide MLP, 4 times on a CNN, as long on a transformer (tests/benchmarks/noise_peers.py).
+      vectorize: groups computed at once under `vmap`; one by default. More memory, fewer and larger
+        operations, which is not always faster: on a CPU sixteen single examples at once take 18 times as
+        long as one by one on a wide MLP, 4 times on a CNN, as long on a transformer
+        (tests/benchmarks/noise_peers.py).
       coordinate_wise: also keep `coordinate_scatter` (one more float32 copy of the parameters).
       inner_products: also compute `inner_product_scatter` (one forward-mode pass more; a loss with a
         `custom_vjp` has no forward mode and cannot be used).
+      per_example: "structured" for groups of one example each: their exact statistics at little more than
+        the price of a plain step on the whole batch. All examples go forward and back together, as in a
+        batch of a plain step (or `vectorize` of them), and what each contributes is read off the inputs and
+        signals of every layer. Any loss will do: `explain_noise` tells how each parameter is treated, and
+        which take a slower way. Not together with `lanes`; under sharded `jit` shard axis 0 of the groups.
       lanes: the groups carry two leading axes [num_loops, num_lanes]; the lanes run side by side
         under `vmap`, each with a mean and scatter of its own, merged once at the end. Under sharded
         `jit`, shard axis 1: no group leaves its device.
@@ -104,8 +103,10 @@ def value_and_grad_noise(
         examples; statistics are float32. With no examples at all the value is NaN, the gradient 0.
 
     Raises:
-      ValueError: `vectorize < 1`, or together with `lanes`; leaves of `groups` that disagree on
-        their leading axes or, without `sizes`, on the examples per group; `sizes` of another shape;
+      ValueError: `vectorize < 1`, or more than 1 with `lanes`; another `per_example`, or with `lanes`, or
+        with groups of more than one example or parameters that are no real floats; leaves of `groups`
+        that disagree on their leading axes or, without `sizes`, on the examples per group; `sizes` of
+        another shape;
         with shard_map's varying check on, groups that are the same on all devices.
 
     Example:
@@ -123,14 +124,22 @@ def value_and_grad_noise(
       >>> _, half = fn(jnp.array(0.0), split_groups(examples, 4), count=2)
       >>> int(half.num_examples), float(half.mean)
       (2, -2.0)
+      >>> exact = jax.jit(value_and_grad_noise(loss_fn, per_example="structured"))
+      >>> round(float(exact(jnp.array(0.0), split_groups(examples, 4))[1].trace), 4)
+      6.6667
 
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (tests); Chan, Golub, LeVeque (1983)
     (accumulation).
     """
-    _validate.positive_int("value_and_grad_noise", vectorize=vectorize)
-    if lanes and vectorize != 1:
+    name = "value_and_grad_noise"
+    structured = per_example is not None
+    if per_example is not None:
+        _validate.one_of(name, ("structured",), per_example=per_example)
+    if vectorize is not None:
+        _validate.positive_int(name, vectorize=vectorize)
+    if lanes and (structured or vectorize not in (None, 1)):
         raise ValueError(
-            f"value_and_grad_noise: lanes=True already runs its lanes at once, got {vectorize=}"
+            f"{name}: lanes=True already runs its lanes at once, got {vectorize=}, {per_example=}"
         )
     axes = axis_tuple(axis_name)
     ndim = 2 if lanes else 1
@@ -144,44 +153,73 @@ def value_and_grad_noise(
         measure: Any = None,
     ) -> tuple[Any, GradientNoise]:
         leading = leading_shape(groups, ndim)
+        masked = count is not None or sizes is not None
         sizes = group_sizes(groups, sizes, leading)
         bound = leading[0] if count is None else jnp.clip(count, 0, leading[0]).astype(jnp.int32)
         params, groups = jax.tree.map(jnp.asarray, (params, groups))
-        params = _prepare("value_and_grad_noise", params, groups, axes)
+        params = prepare(name, params, groups, axes)
         varying = varying_axes((params, groups, args, sizes, bound))
-        accumulate = partial(
-            _accumulate, (groups, sizes), vectorize=vectorize, lanes=lanes, varying=varying
+        at_once = min(leading[0], vectorize or (leading[0] if structured else 1))
+        over_groups = partial(
+            accumulate, (groups, sizes), vectorize=at_once, lanes=lanes, varying=varying
         )
-        pool = partial(_pool_devices, axes=axes, varying=varying)
 
-        def gradient(group: PyTree, size: jax.Array) -> _Tally:
+        def loss_parts(p: PyTree, group: PyTree) -> Any:
+            out = loss_fn(p, group, *args)
+            value, aux = out if has_aux else (out, None)
+            return value, *split_aux(aux)
+
+        def gradient(group: PyTree, size: jax.Array) -> Tally:
             out, mean = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, group, *args)
             value, aux = out if has_aux else (out, None)
-            averaged, summed = _split_aux(aux)
+            averaged, summed = split_aux(aux)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), mean)
-            noise = _single(mean, size)._replace(
+            noise = single(mean, size)._replace(
                 coordinate_scatter=zeros if coordinate_wise else None
             )
-            return _Tally(noise, value, averaged, summed)
+            return Tally(noise, value, averaged, summed)
 
-        total = pool(accumulate(bound, gradient, measure))
+        project = None
+        if structured:
+            check_single_examples(params, groups)
+            batch = partial(
+                batch_tally,
+                loss_parts,
+                params,
+                coordinate_wise=coordinate_wise,
+                measure=measure,
+                varying=varying,
+            )
+        if not structured:
+            total = over_groups(bound, gradient, measure)
+        elif at_once < leading[0]:
+            each = lambda group, sizes: batch(group, sizes, masked=True)[0]  # noqa: E731
+            total = over_groups(bound, each, measure, together=True)
+        else:
+            sizes = sizes if count is None else jnp.where(jnp.arange(at_once) < bound, sizes, 0)
+            total, project = batch(groups, sizes, masked=masked)
+        total = pool_devices(total, axes)
         mean = cast_like(total.noise.mean, params)
         noise = total.noise._replace(mean=mean)
 
         if inner_products:
             direction = to_varying(mean, varying_axes(params))
 
-            def projection(group: PyTree, size: jax.Array) -> _Tally:
-                def loss(p: PyTree) -> Any:
-                    out = loss_fn(p, group, *args)
-                    return out[0] if has_aux else out
-
+            def projection(group: PyTree, size: jax.Array) -> Tally:
+                loss = lambda p: loss_parts(p, group)[0]  # noqa: E731
                 value, along = jax.jvp(loss, (params,), (direction,))
-                return _Tally(_single(along, size), value, (), ())
+                return Tally(single(along, size), value, (), ())
 
             second = bound if measure is None else jnp.where(measure, bound, 0)
-            along = pool(accumulate(second, projection)).noise.scatter
-            noise = noise._replace(inner_product_scatter=along)
+            if project:
+                along = project(direction)
+                tally = jax.vmap(lambda x, size: Tally(single(x, size), x, (), ()))(along, sizes)
+                products = pool(tally, sum_leading)
+            else:
+                products = over_groups(second, projection)
+            noise = noise._replace(inner_product_scatter=pool_devices(products, axes).noise.scatter)
+        if structured:
+            noise = noise._replace(below_resolution=noise.squared_norm > 1e3 * noise.trace)
         if measure is not None:
             noise = unless_measured(noise, jnp.asarray(measure).astype(bool))
 
@@ -189,128 +227,7 @@ def value_and_grad_noise(
         value = jnp.where(empty, jnp.nan, total.value)
         if not has_aux:
             return value, noise
-        shape = jax.eval_shape(loss_fn, params, _first(groups, ndim), *args)[1]
-        return (value, _join_aux(shape, total.averaged, total.summed)), noise
+        shape = jax.eval_shape(loss_fn, params, first(groups, ndim), *args)[1]
+        return (value, join_aux(shape, total.averaged, total.summed)), noise
 
     return fn
-
-
-def _prepare(where: str, params: PyTree, groups: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """Casts the parameters to vary over the device axes, so that their gradients stay apart."""
-    checked = checked_axes(axes)
-    same = sorted(checked - varying_axes(groups))
-    if same:
-        raise ValueError(
-            f"{where}: groups is the same on all devices of axis {same[0]!r}: each "
-            "device needs its own examples (shard the batch in in_specs)"
-        )
-    return to_varying(params, checked)
-
-
-def _single(mean: PyTree, size: jax.Array) -> GradientNoise:
-    """The noise of one group: a mean without scatter."""
-    return GradientNoise(
-        mean=widen(mean),
-        scatter=jnp.zeros((), jnp.float32),
-        num_examples=size,
-        num_groups=(size > 0).astype(jnp.int32),
-    )
-
-
-def _merge(measure: Any, a: _Tally, b: _Tally) -> _Tally:
-    n_a, n_b = (t.noise.num_examples.astype(jnp.float32) for t in (a, b))
-    value, averaged = blend(n_a, (a.value, a.averaged), n_b, (b.value, b.averaged))
-    summed = jax.tree.map(lambda x, y: x + _kept(n_b, y), a.summed, b.summed)
-    return _Tally(join_noise(a.noise, b.noise, measure), value, averaged, summed)
-
-
-def _pool(tally: _Tally, total: Callable[[jax.Array], jax.Array]) -> _Tally:
-    """Merges the lanes of a leading axis, or devices: see `pool_noise`."""
-    n = tally.noise.num_examples.astype(jnp.float32)
-    noise, value = pool_noise(tally.noise, tally.value[..., None], total)
-    all_n = jnp.maximum(noise.num_examples.astype(jnp.float32), 1.0)
-    averaged = jax.tree.map(
-        lambda x: total(_kept(n, align(n, x) * x)) / all_n.astype(x.dtype), tally.averaged
-    )
-    summed = jax.tree.map(lambda x: total(_kept(n, x)), tally.summed)
-    return _Tally(noise, value[0], averaged, summed)
-
-
-def _kept(n: jax.Array, x: jax.Array) -> jax.Array:
-    """`x` where there are examples, 0 where there are none."""
-    return jnp.where(align(n, x) > 0, x, jnp.zeros_like(x))
-
-
-def _accumulate(
-    groups: tuple[PyTree, jax.Array],
-    bound: Any,
-    compute: Callable[[PyTree, jax.Array], _Tally],
-    measure: Any = None,
-    *,
-    vectorize: int,
-    lanes: bool,
-    varying: frozenset[str],
-) -> _Tally:
-    """Runs `compute(group, size)` over the first `bound` groups and merges the results."""
-    _, sizes = groups
-    merge = partial(_merge, measure)
-
-    def widened(group: PyTree, size: jax.Array) -> _Tally:
-        t = compute(group, size)
-        return t._replace(value=widen(t.value), averaged=widen(t.averaged))
-
-    def at(index: jax.Array) -> Any:
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, False), groups)
-
-    def lane_step(i: jax.Array, so_far: _Tally) -> _Tally:
-        return jax.vmap(merge)(so_far, jax.vmap(widened)(*at(i)))
-
-    def chunk_step(i: jax.Array, so_far: _Tally) -> _Tally:
-        index = i * vectorize + jnp.arange(vectorize, dtype=jnp.int32)
-        inside = index < bound
-        group, size = jax.tree.map(lambda x: x[jnp.minimum(index, len(sizes) - 1)], groups)
-        chunk = jax.vmap(widened)(group, jnp.where(inside, size, 0))
-        return merge(so_far, _pool(chunk, _sum_leading))
-
-    def single_step(i: jax.Array, so_far: _Tally) -> _Tally:
-        return merge(so_far, widened(*at(i)))
-
-    shapes = jax.eval_shape(jax.vmap(widened) if lanes else widened, *_first(groups, 1))
-    start = to_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), varying)
-    if lanes:
-        return _pool(jax.lax.fori_loop(0, bound, lane_step, start), _sum_leading)
-    if vectorize > 1:
-        return jax.lax.fori_loop(0, (bound + vectorize - 1) // vectorize, chunk_step, start)
-    return jax.lax.fori_loop(0, bound, single_step, start)
-
-
-def _pool_devices(tally: _Tally, *, axes: tuple[str, ...], varying: frozenset[str]) -> _Tally:
-    if not axes:
-        return tally
-    checked = checked_axes(axes)
-    return _pool(tally, lambda x: jax.lax.psum(to_varying(x, checked), axes))
-
-
-def _sum_leading(x: jax.Array) -> jax.Array:
-    return jnp.sum(x, axis=0, dtype=x.dtype)
-
-
-def _first(groups: PyTree, ndim: int) -> PyTree:
-    return jax.tree.map(lambda x: x[(0,) * ndim], groups)
-
-
-def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _split_aux(aux: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(aux)]
-    summed = [x.astype(jnp.int32) if x.dtype == bool else x for x in leaves if not _is_float(x)]
-    return [x for x in leaves if _is_float(x)], summed
-
-
-def _join_aux(shape: PyTree, averaged: list[jax.Array], summed: list[jax.Array]) -> PyTree:
-    means, sums = iter(averaged), iter(summed)
-    leaves, structure = jax.tree.flatten(shape)
-    joined = [next(means).astype(s.dtype) if _is_float(s) else next(sums) for s in leaves]
-    return jax.tree.unflatten(structure, joined)

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, to_varying, varying_axes
 from adabatch_jax._tree import cast_like, squared_norm, widen
-from adabatch_jax.noise._estimate import (
-    _accumulate,
-    _first,
-    _join_aux,
-    _pool_devices,
-    _prepare,
-    _split_aux,
-    _Tally,
-)
 from adabatch_jax.noise._gradient_noise import GradientNoise
+from adabatch_jax.noise._tally import (
+    Tally,
+    accumulate,
+    first,
+    join_aux,
+    pool_devices,
+    prepare,
+    split_aux,
+)
 
 PyTree = Any
 
@@ -152,15 +152,15 @@ def value_and_grad_signs(
         num_groups = _num_groups(groups)
         for axis in axes:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        params = _prepare("value_and_grad_signs", params, groups, axes)
-        shape = jax.eval_shape(losses_fn, params, _first(groups, 1), *args)
+        params = prepare("value_and_grad_signs", params, groups, axes)
+        shape = jax.eval_shape(losses_fn, params, first(groups, 1), *args)
         length = _num_losses(shape[0] if has_aux else shape)
         sizes = _checked_sizes(sizes, num_groups, length)
         bound = num_groups if count is None else jnp.clip(count, 0, num_groups).astype(jnp.int32)
         keys = jax.random.split(key, num_groups)
         varying = varying_axes((params, groups, keys, args, sizes, bound))
 
-        def gradient(group: tuple[PyTree, jax.Array], size: jax.Array) -> _Tally:
+        def gradient(group: tuple[PyTree, jax.Array], size: jax.Array) -> Tally:
             batch, key = group
 
             def losses_of(p: PyTree) -> tuple[jax.Array, PyTree]:
@@ -190,21 +190,20 @@ def value_and_grad_signs(
             )
             loss = jnp.sum(jnp.where(real, widen(losses), 0.0))
             value = loss / examples.astype(loss.dtype)
-            averaged, summed = _split_aux(aux)
-            return _Tally(noise, value, averaged, summed)
+            averaged, summed = split_aux(aux)
+            return Tally(noise, value, averaged, summed)
 
-        total = _pool_devices(
-            _accumulate(
+        total = pool_devices(
+            accumulate(
                 ((groups, keys), sizes), bound, gradient, vectorize=1, lanes=False, varying=varying
             ),
-            axes=axes,
-            varying=varying,
+            axes,
         )
         noise = total.noise._replace(mean=cast_like(total.noise.mean, params))
         value = jnp.where(noise.num_examples == 0, jnp.nan, total.value)
         if not has_aux:
             return value, noise
-        return (value, _join_aux(shape[1], total.averaged, total.summed)), noise
+        return (value, join_aux(shape[1], total.averaged, total.summed)), noise
 
     return fn
 

@@ -51,6 +51,28 @@ def test_every_statistic_equals_that_of_one_device(kind, on_one_device):
     chex.assert_trees_all_close((value, noise), on_one_device, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "kind", ["pmap", "shard_map checked", "shard_map unchecked", "sharded jit"]
+)
+def test_the_structured_form_equals_that_of_one_device(kind):
+    examples = jax.tree.map(lambda x: x[:1].reshape(1, LANES, -1, 1, *x.shape[3:]), few_groups())
+
+    def step(params, _, groups):
+        axis_name = None if kind == "sharded jit" else "data"
+        fn = adabatch.value_and_grad_noise(
+            loss_fn, per_example="structured", axis_name=axis_name, **OPTIONS
+        )
+        return fn(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), groups))
+
+    fn = adabatch.value_and_grad_noise(loss_fn, **OPTIONS)
+    single = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), examples)
+    value, expected = jax.jit(fn)(first_params(), single)
+    found, noise = on_devices(kind, step)(first_params(), (), examples)
+    assert int(noise.num_groups) == LANES * GROUP
+    noise = noise._replace(below_resolution=None)
+    chex.assert_trees_all_close((found, noise), (value, expected), rtol=1e-4, atol=1e-6)
+
+
 def test_sizes_and_counts_may_differ_between_devices():
     """Each device has its own traced count, and one of them has nothing at all."""
     counts = jnp.array([1, 2, 3, 4, 5, 0, 2, 3])

@@ -1,0 +1,155 @@
+"""What groups add up to: mean, scatter, loss and auxiliary data, joined one after the other or at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from adabatch_jax._axes import checked_axes, to_varying, varying_axes
+from adabatch_jax._tree import align, widen
+from adabatch_jax.noise._gradient_noise import GradientNoise, blend, join_noise, pool_noise
+
+PyTree = Any
+
+
+class Tally(NamedTuple):
+    """What one group gives, and what the groups so far add up to."""
+
+    noise: GradientNoise
+    value: jax.Array  # mean loss
+    averaged: PyTree  # float leaves of aux: weighted means
+    summed: PyTree  # other leaves of aux: sums
+
+
+def prepare(where: str, params: PyTree, groups: PyTree, axes: tuple[str, ...]) -> PyTree:
+    """Casts the parameters to vary over the device axes, so that their gradients stay apart."""
+    checked = checked_axes(axes)
+    same = sorted(checked - varying_axes(groups))
+    if same:
+        raise ValueError(
+            f"{where}: groups is the same on all devices of axis {same[0]!r}: each "
+            "device needs its own examples (shard the batch in in_specs)"
+        )
+    return to_varying(params, checked)
+
+
+def single(mean: PyTree, size: jax.Array) -> GradientNoise:
+    """The noise of one group: a mean without scatter."""
+    return GradientNoise(
+        mean=widen(mean),
+        scatter=jnp.zeros((), jnp.float32),
+        num_examples=size,
+        num_groups=(size > 0).astype(jnp.int32),
+    )
+
+
+def merge(measure: Any, a: Tally, b: Tally) -> Tally:
+    n_a, n_b = (t.noise.num_examples.astype(jnp.float32) for t in (a, b))
+    value, averaged = blend(n_a, (a.value, a.averaged), n_b, (b.value, b.averaged))
+    summed = jax.tree.map(lambda x, y: x + kept(n_b, y), a.summed, b.summed)
+    return Tally(join_noise(a.noise, b.noise, measure), value, averaged, summed)
+
+
+def pool(tally: Tally, total: Callable[[jax.Array], jax.Array]) -> Tally:
+    """Merges the lanes of a leading axis, or devices: see `pool_noise`."""
+    n = tally.noise.num_examples.astype(jnp.float32)
+    noise, value = pool_noise(tally.noise, tally.value[..., None], total)
+    all_n = jnp.maximum(noise.num_examples.astype(jnp.float32), 1.0)
+    averaged = jax.tree.map(
+        lambda x: total(kept(n, align(n, x) * x)) / all_n.astype(x.dtype), tally.averaged
+    )
+    summed = jax.tree.map(lambda x: total(kept(n, x)), tally.summed)
+    return Tally(noise, value[0], averaged, summed)
+
+
+def kept(n: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` where there are examples, 0 where there are none."""
+    return jnp.where(align(n, x) > 0, x, jnp.zeros_like(x))
+
+
+def accumulate(
+    groups: tuple[PyTree, jax.Array],
+    bound: Any,
+    compute: Callable[[PyTree, jax.Array], Tally],
+    measure: Any = None,
+    *,
+    vectorize: int,
+    lanes: bool,
+    varying: frozenset[str],
+    together: bool = False,
+) -> Tally:
+    """Runs `compute(group, size)` over the first `bound` groups and merges the results.
+
+    `together`: it is given `vectorize` groups at once and their sizes, and gives what they add up to.
+    """
+    _, sizes = groups
+    join = partial(merge, measure)
+
+    def widened(group: PyTree, size: jax.Array) -> Tally:
+        t = compute(group, size)
+        return t._replace(value=widen(t.value), averaged=widen(t.averaged))
+
+    def at(index: jax.Array) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, False), groups)
+
+    def lane_step(i: jax.Array, so_far: Tally) -> Tally:
+        return jax.vmap(join)(so_far, jax.vmap(widened)(*at(i)))
+
+    def chunk_step(i: jax.Array, so_far: Tally) -> Tally:
+        index = i * vectorize + jnp.arange(vectorize, dtype=jnp.int32)
+        inside = index < bound
+        group, size = jax.tree.map(lambda x: x[jnp.minimum(index, len(sizes) - 1)], groups)
+        size = jnp.where(inside, size, 0)
+        if together:
+            return join(so_far, widened(group, size))
+        return join(so_far, pool(jax.vmap(widened)(group, size), sum_leading))
+
+    def single_step(i: jax.Array, so_far: Tally) -> Tally:
+        return join(so_far, widened(*at(i)))
+
+    if together:
+        shapes = jax.eval_shape(widened, *jax.tree.map(lambda x: x[:vectorize], groups))
+    else:
+        shapes = jax.eval_shape(jax.vmap(widened) if lanes else widened, *first(groups, 1))
+    start = to_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), varying)
+    if lanes:
+        return pool(jax.lax.fori_loop(0, bound, lane_step, start), sum_leading)
+    if vectorize > 1 or together:
+        return jax.lax.fori_loop(0, (bound + vectorize - 1) // vectorize, chunk_step, start)
+    return jax.lax.fori_loop(0, bound, single_step, start)
+
+
+def pool_devices(tally: Tally, axes: tuple[str, ...]) -> Tally:
+    if not axes:
+        return tally
+    checked = checked_axes(axes)
+    return pool(tally, lambda x: jax.lax.psum(to_varying(x, checked), axes))
+
+
+def sum_leading(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=0, dtype=x.dtype)
+
+
+def first(groups: PyTree, ndim: int) -> PyTree:
+    return jax.tree.map(lambda x: x[(0,) * ndim], groups)
+
+
+def is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def split_aux(aux: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(aux)]
+    summed = [x.astype(jnp.int32) if x.dtype == bool else x for x in leaves if not is_float(x)]
+    return [x for x in leaves if is_float(x)], summed
+
+
+def join_aux(shape: PyTree, averaged: list[jax.Array], summed: list[jax.Array]) -> PyTree:
+    means, sums = iter(averaged), iter(summed)
+    leaves, structure = jax.tree.flatten(shape)
+    joined = [next(means).astype(s.dtype) if is_float(s) else next(sums) for s in leaves]
+    return jax.tree.unflatten(structure, joined)

@@ -1,0 +1,112 @@
+"""What a batch of single examples adds up to, and how far each gradient goes along the mean one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adabatch_jax._axes import to_varying
+from adabatch_jax._tree import align, squared_norm, widen
+from adabatch_jax.noise._gradient_noise import GradientNoise
+from adabatch_jax.noise._tally import Tally
+from adabatch_jax.noise.structured._plan import make_plan
+from adabatch_jax.noise.structured._statistics import along, gradients, squares
+
+PyTree = Any
+PARTS = tuple[jax.Array, list[jax.Array], list[jax.Array]]
+
+
+def batch_tally(
+    loss_parts: Callable[[PyTree, PyTree], PARTS],
+    params: PyTree,
+    examples: PyTree,
+    sizes: jax.Array,
+    *,
+    coordinate_wise: bool,
+    measure: Any,
+    masked: bool,
+    varying: frozenset[str],
+) -> tuple[Tally, Callable[[PyTree], jax.Array]]:
+    """The tally of examples [n, 1, …], and a function of a direction: ⟨gᵢ, direction⟩, float32 [n].
+
+    With S = Σ ‖gᵢ‖² the scatter is S − n ‖ḡ‖², and so coordinate by coordinate, not below 0.
+
+    Args:
+      loss_parts: of parameters and one example: loss, and what is averaged and what is summed of aux.
+      params: pytree of real floats.
+      examples: pytree.
+      sizes: int32 [n]: 1, or 0 for what is to be ignored.
+      coordinate_wise: whether the scatter is wanted coordinate by coordinate as well.
+      measure: whether the scatter is wanted, may be traced; None is True.
+      masked: whether a size can be 0.
+      varying: the device axes over which everything varies.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    sizes = jnp.minimum(sizes, 1)
+    if masked:  # what is ignored may be NaN, and 0 · NaN is NaN
+        rows = jnp.where(sizes > 0, jnp.arange(len(sizes)), jnp.argmax(sizes > 0))
+        examples = jax.tree.map(lambda x: x[rows], examples)
+        number = jnp.sum(sizes)
+        weights = (sizes / jnp.maximum(number, 1)).astype(jnp.float32)
+    else:
+        number = jnp.full((), len(sizes), jnp.int32)
+        weights = jnp.full(len(sizes), 1.0 / len(sizes), jnp.float32)
+    rows_of, batch = jax.tree.flatten(examples)
+    first = [x[0] for x in rows_of]
+    shape = jax.eval_shape(loss_parts, params, jax.tree.unflatten(batch, first))
+
+    def fn(leaves: list[Any], example: list[Any]) -> list[Any]:
+        parts = loss_parts(
+            jax.tree.unflatten(structure, leaves), jax.tree.unflatten(batch, example)
+        )
+        return jax.tree.leaves(parts)
+
+    plan = make_plan(fn, leaves, first)
+    results, sums, signals = gradients(plan, leaves, rows_of, to_varying(weights, varying), varying)
+
+    def known(tree: PyTree) -> PyTree:
+        """0 where there was no example at all."""
+        return jax.tree.map(lambda x: jnp.where(number > 0, x, 0), tree) if masked else tree
+
+    mean = known([widen(x) for x in sums])
+    n = number.astype(jnp.float32)
+
+    def scatters() -> tuple[jax.Array, list[jax.Array] | None]:
+        norms, each = squares(plan, leaves, rows_of, weights, signals, coordinate_wise)
+        scatter = jnp.maximum(n * n * norms - n * squared_norm(mean), 0.0)
+        if each is None:
+            return scatter, None
+        pairs = zip(each, mean, strict=True)
+        return scatter, [
+            jnp.maximum(n * n * s - n * jnp.square(m), 0.0).astype(jnp.float32) for s, m in pairs
+        ]
+
+    def nothing() -> Any:
+        shapes = jax.eval_shape(scatters)
+        return to_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), varying)
+
+    scatter, coordinates = (
+        scatters() if measure is None else jax.lax.cond(measure, scatters, nothing)
+    )
+    whole = lambda xs: None if xs is None else jax.tree.unflatten(structure, xs)  # noqa: E731
+    scatter, coordinates = known((scatter, coordinates))
+    noise = GradientNoise(whole(mean), scatter, number, number, whole(coordinates))
+
+    def average(x: jax.Array) -> jax.Array:
+        return known(jnp.sum(align(weights, widen(x)) * widen(x), axis=0))
+
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.sum(x * align(sizes, x), axis=0, dtype=x.dtype)
+
+    value, averaged, summed = jax.tree.unflatten(jax.tree.structure(shape), results)
+    tally = Tally(noise, average(value), [average(x) for x in averaged], [total(x) for x in summed])
+
+    def project(direction: PyTree) -> jax.Array:
+        direction = jax.tree.map(lambda d, p: d.astype(p.dtype), direction, params)
+        found = along(plan, leaves, rows_of, signals, weights, jax.tree.leaves(direction))
+        return jnp.where(weights > 0, found / jnp.where(weights > 0, weights, 1.0), 0.0)
+
+    return tally, project

@@ -1,0 +1,243 @@
+"""What is known of an operation: in which operands it is linear, and norms from its inputs and signals.
+
+Let y = op(x, w) be linear in w, and δ the derivative of the loss of one example by y. Its gradient
+by w then is the transposed operation, applied to δ. Some of its squared norms need no such gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adabatch_jax._tree import widen
+
+# Primitive -> the operands in which it is linear (or affine) while the others are held.
+EVERY = range(sys.maxsize)
+LINEAR: dict[str, range | tuple[int, ...]] = {
+    "add": EVERY,
+    "add_any": EVERY,
+    "concatenate": EVERY,
+    "conv_general_dilated": EVERY,
+    "div": (0,),
+    "dot_general": EVERY,
+    "dynamic_slice": (0,),
+    "dynamic_update_slice": (0, 1),
+    "gather": (0,),
+    "mul": EVERY,
+    "pad": EVERY,
+    "select_n": EVERY[1:],
+    "sub": EVERY,
+}
+
+
+def rearranges(eqn: Any) -> bool:
+    """Whether an operation keeps every entry of its operand, once, in whatever order and precision."""
+    if eqn.primitive.name not in {
+        *("convert_element_type", "copy", "reshape", "rev", "squeeze", "transpose"),
+        *("broadcast_in_dim", "expand_dims", "optimization_barrier"),
+    }:
+        return False
+    source, target = eqn.invars[0].aval, eqn.outvars[0].aval
+    inexact = jnp.issubdtype(target.dtype, jnp.floating)
+    return inexact and math.prod(source.shape) == math.prod(target.shape)
+
+
+class Formula(NamedTuple):
+    """Squared norms of the gradients by one operand, all of one operation.
+
+    `squared_norm(eqn, operand, others, delta)` is that of one example, float32; `room` how many numbers it
+    holds on the way. `once`: whether an entry of the gradient is one product x·δ; the squares of all
+    entries, added over examples, then follow from x² and δ² and from `wide`, the operation in float32.
+    """
+
+    fits: Callable[[Any, int], bool]
+    squared_norm: Callable[[Any, int, list[Any], Any], Any]
+    room: Callable[[Any, int], int]
+    once: Callable[[Any, int], bool]
+    wide: Callable[[Any, Any, Any], Any]
+    name: Callable[[Any, int], str]
+
+
+def _product(a: jax.Array, b: jax.Array, spec: str) -> jax.Array:
+    return jnp.einsum(spec, a, b, precision="highest", preferred_element_type=jnp.float32)
+
+
+def _norm_of_factors(x: jax.Array, delta: jax.Array) -> jax.Array:
+    """Σ_g ‖X_gᵀ Δ_g‖² of factors X [G, T, A], Δ [G, T, N].
+
+    T = 1: ‖x‖²·‖δ‖² (Goodfellow 2015, arXiv 1510.01799). Otherwise ⟨X Xᵀ, Δ Δᵀ⟩, or the gradient XᵀΔ
+    itself, whichever takes fewer multiplications (Li et al. 2021, arXiv 2110.05679, "ghost norms").
+    """
+    if x.shape[1] == 1:
+        squares = [jnp.sum(jnp.square(widen(a)), axis=(1, 2)) for a in (x, delta)]
+        return jnp.vdot(*squares)
+    if _by_gram(x.shape, delta.shape):
+        grams = [_product(a, a, "gta,gsa->gts") for a in (x, delta)]
+        return jnp.vdot(*grams)
+    return jnp.sum(jnp.square(_product(x, delta, "gta,gtn->gan")))
+
+
+def _by_gram(x: tuple[int, ...], delta: tuple[int, ...]) -> bool:
+    (_, t, a), n = x, delta[-1]
+    return t * (a + n) < a * n
+
+
+def _room_of_factors(x: tuple[int, ...], delta: tuple[int, ...]) -> int:
+    (g, t, a), n = x, delta[-1]
+    if t == 1:
+        return 1
+    return 2 * g * t * t if _by_gram(x, delta) else g * a * n
+
+
+def _dot_shapes(eqn: Any, operand: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """[G, T, A] and [G, T, N]: shared axes, the free ones of x, contracted ones, the free ones of w."""
+    (left, right), (left_batch, right_batch) = eqn.params["dimension_numbers"]
+    contracted, batch = (left, left_batch) if operand == 1 else (right, right_batch)
+    x = eqn.invars[1 - operand].aval.shape
+    g = math.prod(x[i] for i in batch)
+    a = math.prod(x[i] for i in contracted)
+    t = math.prod(x) // max(g * a, 1)
+    n = math.prod(eqn.outvars[0].aval.shape) // max(g * t, 1)
+    return (g, t, a), (g, t, n)
+
+
+def _dot_factors(eqn: Any, operand: int, x: jax.Array, delta: jax.Array) -> tuple[Any, Any]:
+    (left, right), (left_batch, right_batch) = eqn.params["dimension_numbers"]
+    contracted, batch = (left, left_batch) if operand == 1 else (right, right_batch)
+    free = [i for i in range(x.ndim) if i not in {*contracted, *batch}]
+    of_x, of_delta = _dot_shapes(eqn, operand)
+    x = jnp.transpose(x, (*batch, *free, *contracted)).reshape(of_x)
+    if operand == 1:
+        return x, delta.reshape(of_delta)
+    g, t, n = of_delta
+    return x, jnp.swapaxes(delta.reshape(g, n, t), 1, 2)
+
+
+def _wide_dot(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
+    numbers = eqn.params["dimension_numbers"]
+    return jax.lax.dot_general(widen(left), widen(right), numbers, precision="highest")
+
+
+def _conv_shapes(eqn: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    numbers, g = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    channels = out[numbers.out_spec[1]]
+    t = math.prod(out) // channels
+    a = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+    return (g, t, a), (g, t, channels // g)
+
+
+def _conv_factors(eqn: Any, x: jax.Array, delta: jax.Array) -> tuple[Any, Any]:
+    """The neighbourhood of every output, and δ there (Rochette et al. 2019, arXiv 1912.06015)."""
+    options, (of_x, of_delta) = eqn.params, _conv_shapes(eqn)
+    numbers = options["dimension_numbers"]
+
+    def channels_last(a: jax.Array, spec: tuple[int, ...]) -> jax.Array:
+        return jnp.transpose(a, (spec[0], *spec[2:], spec[1]))
+
+    x, delta = channels_last(x, numbers.lhs_spec), channels_last(delta, numbers.out_spec)
+    spatial = [eqn.invars[1].aval.shape[i] for i in numbers.rhs_spec[2:]]
+    edges = zip(options["padding"], options["lhs_dilation"], strict=True)
+    padding = [(0, 0, 0), *((low, high, by - 1) for (low, high), by in edges), (0, 0, 0)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
+    strides = (1, *options["window_strides"], 1)
+    parts = []
+    for place in np.ndindex(*spatial):
+        start = (0, *(i * by for i, by in zip(place, options["rhs_dilation"], strict=True)), 0)
+        length = (len(x), *delta.shape[1:-1], x.shape[-1])
+        stop = [s + (n - 1) * by + 1 for s, n, by in zip(start, length, strides, strict=True)]
+        parts.append(jax.lax.slice(x, start, stop, strides))
+    g, t, a = of_x
+    around = jnp.stack(parts, axis=-2).reshape(t, len(parts), g, a // len(parts))
+    around = jnp.moveaxis(around, 2, 0).reshape(of_x)
+    return around, jnp.moveaxis(delta.reshape(t, g, -1), 1, 0).reshape(of_delta)
+
+
+def _rows(eqn: Any, operand: int) -> bool:
+    """Whether a gather takes whole rows, as an embedding does."""
+    numbers, table = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    indices = eqn.invars[1].aval.shape
+    dims = tuple(range(len(indices) - 1, len(indices) + len(table) - 2))
+    return (
+        numbers.offset_dims == dims
+        and numbers.collapsed_slice_dims == numbers.start_index_map == (0,)
+        and not numbers.operand_batching_dims
+        and tuple(eqn.params["slice_sizes"]) == (1, *table[1:])
+        and math.prod(indices) ** 2 <= math.prod(table)
+    )
+
+
+def _rows_norm(eqn: Any, operand: int, others: list[Any], delta: jax.Array) -> jax.Array:
+    """Σ_{t,s} [i_t = i_s] ⟨δ_t, δ_s⟩: rows that are taken twice add up (Li et al. 2021)."""
+    (indices,) = others
+    mode, length = eqn.params["mode"], eqn.invars[0].aval.shape[0]
+    i = indices.reshape(-1)
+    real = jnp.ones(i.shape, bool)
+    if mode == jax.lax.GatherScatterMode.CLIP:
+        i = jnp.clip(i, 0, length - 1)
+    elif mode == jax.lax.GatherScatterMode.FILL_OR_DROP:
+        real = (i >= 0) & (i < length)
+    delta = delta.reshape(len(i), -1)
+    gram = _product(delta, delta, "td,sd->ts")
+    same = (i[:, None] == i) & real[:, None] & real
+    return jnp.sum(jnp.where(same, gram, 0.0))
+
+
+def _name_of_factors(x: tuple[int, ...], delta: tuple[int, ...]) -> str:
+    if x[1] == 1:
+        return "‖x‖²·‖δ‖²"
+    return "Gram matrices" if _by_gram(x, delta) else "xᵀδ"
+
+
+def _never(eqn: Any, *operands: Any) -> Any:
+    raise AssertionError(f"{eqn.primitive.name} adds several products to an entry")
+
+
+_DOT = Formula(
+    fits=lambda eqn, operand: True,
+    squared_norm=lambda eqn, operand, others, delta: _norm_of_factors(
+        *_dot_factors(eqn, operand, others[0], delta)
+    ),
+    room=lambda eqn, operand: _room_of_factors(*_dot_shapes(eqn, operand)),
+    once=lambda eqn, operand: _dot_shapes(eqn, operand)[0][1] == 1,
+    wide=_wide_dot,
+    name=lambda eqn, operand: _name_of_factors(*_dot_shapes(eqn, operand)),
+)
+_CONV = Formula(
+    fits=lambda eqn, operand: eqn.params["batch_group_count"] == 1,
+    squared_norm=lambda eqn, operand, others, delta: _norm_of_factors(
+        *_conv_factors(eqn, others[0], delta)
+    ),
+    room=lambda eqn, operand: (
+        _room_of_factors(*_conv_shapes(eqn)) + math.prod(_conv_shapes(eqn)[0])
+    ),
+    once=lambda eqn, operand: False,
+    wide=_never,
+    name=lambda eqn, operand: _name_of_factors(*_conv_shapes(eqn)),
+)
+_ROWS = Formula(
+    fits=_rows,
+    squared_norm=_rows_norm,
+    room=lambda eqn, operand: 2 * math.prod(eqn.invars[1].aval.shape) ** 2,
+    once=lambda eqn, operand: False,
+    wide=_never,
+    name=lambda eqn, operand: "Gram matrices",
+)
+FORMULAS: dict[tuple[str, int], Formula] = {
+    ("dot_general", 0): _DOT,
+    ("dot_general", 1): _DOT,
+    ("conv_general_dilated", 1): _CONV,
+    ("gather", 0): _ROWS,
+}
+
+
+def formula_of(eqn: Any, operand: int) -> Formula | None:
+    """The formula of the squared norm by an operand that is a parameter as it is, if there is one."""
+    formula = FORMULAS.get((eqn.primitive.name, operand))
+    return formula if formula and formula.fits(eqn, operand) else None

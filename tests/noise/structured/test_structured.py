@@ -1,0 +1,187 @@
+"""`per_example="structured"` against the gradients of single examples, for all sorts of losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from adabatch_jax import split_groups, value_and_grad_noise
+
+N = 6  # examples
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def of_linen(net, x, num_classes=5):
+    labels = jax.random.randint(
+        jax.random.key(1), (N, *x.shape[1:2][: x.ndim == 2]), 0, num_classes
+    )
+    labels = labels if jnp.issubdtype(x.dtype, jnp.integer) else labels[:N].reshape(N, -1)[:, 0]
+    params = net.init(jax.random.key(0), x[:1])["params"]
+    # No zeros: a bias of zero would hide what is wrong about it.
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+
+    def loss(params, batch):
+        return cross_entropy(net.apply({"params": params}, batch[0]), batch[1])
+
+    return loss, params, (x, labels)
+
+
+def images(*shape):
+    return jax.random.normal(jax.random.key(3), (N, *shape))
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5)(nn.relu(nn.Dense(7)(x)))
+
+
+class ConvNet(nn.Module):
+    """Strides, padding, dilation of kernel and input, groups of channels, a transposed convolution."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), strides=2)(x))
+        x = nn.Conv(8, (2, 3), kernel_dilation=2, padding="VALID", feature_group_count=2)(x)
+        x = nn.relu(nn.GroupNorm(4)(x))
+        x = nn.ConvTranspose(4, (3, 3), strides=(2, 2))(x)
+        x = nn.Conv(4, (3, 3), input_dilation=2, padding=((1, 2), (-1, 3)))(x)
+        x = nn.Conv(4, (1, 1), feature_group_count=4, use_bias=False)(x)
+        return nn.Dense(5)(jnp.mean(nn.relu(x), axis=(1, 2)))
+
+
+class Transformer(nn.Module):
+    """Attention, LayerNorm, positions, and an embedding that is used twice; rematerialised."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(5, 8)
+        x = embed(ids) + self.param("positions", nn.initializers.normal(), (*ids.shape[1:], 8))
+        mask = nn.make_causal_mask(ids)
+        x = x + nn.remat(nn.MultiHeadDotProductAttention)(2)(nn.LayerNorm()(x), mask=mask)
+        x = x + nn.Dense(8)(nn.gelu(nn.Dense(16)(nn.LayerNorm()(x))))
+        return embed.attend(nn.LayerNorm()(x))
+
+
+class Embedded(nn.Module):
+    """An embedding used once, of a table larger than the square of the length."""
+
+    @nn.compact
+    def __call__(self, ids):
+        return nn.Dense(5)(nn.Embed(30, 4)(ids * 6))
+
+
+class Scanned(nn.Module):
+    """Layers in a scan, whose parameters nobody taps, between layers that are."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4)(x)
+        body = lambda layer, carry: (nn.tanh(layer(carry)), None)  # noqa: E731
+        layers = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x, _ = layers(nn.Dense(4), x)
+        return nn.Dense(5)(x)
+
+
+@jax.custom_vjp
+def tripled(w, x):
+    return x @ w
+
+
+tripled.defvjp(lambda w, x: (x @ w, (w, x)), lambda wx, d: (3.0 * wx[1].T @ d, d @ wx[0].T))
+
+
+def odd(params, batch):
+    """Uses without a formula, several at once, a change before the use, integers on the way."""
+    x, labels = batch
+    w = params["direction"] / jnp.linalg.norm(params["direction"]) * params["length"]
+    x = x @ w  # weight normalisation
+    q, k = jnp.split(x @ params["both"], 2, axis=-1)
+    x = jnp.where(q > 0, k, params["slope"] * q) / (1.0 + params["slope"] ** 2)
+    x = jnp.concatenate([x, jnp.broadcast_to(params["token"], (1, 2))], axis=-1)
+    x = tripled(params["custom"], x)
+    x = jnp.maximum(x, params["floor"])  # `max` has no rule
+    x = x - params["shift"] + jnp.round(params["shift"]).astype(jnp.int32)
+    x = x * jax.lax.stop_gradient(params["stopped"])
+    x = params["table"].T[jnp.argmax(x, axis=-1) + jnp.array([-9])] + x  # out of bounds, too
+    penalty = 0.1 * jnp.sum(params["both"] ** 2)
+    return cross_entropy(x @ params["table"], labels) + penalty
+
+
+def odd_params():
+    shapes = dict(direction=(3, 6), length=(6,), both=(6, 8), slope=(4,), token=(2,), custom=(6, 4))
+    shapes |= dict(floor=(4,), shift=(), stopped=(4,), table=(4, 5), unused=(2,))
+    keys = jax.random.split(jax.random.key(5), len(shapes))
+    return {k: jax.random.normal(key, s) for key, (k, s) in zip(keys, shapes.items(), strict=True)}
+
+
+def of_nnx():
+    net = nnx.Sequential(
+        nnx.Linear(6, 7, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(7, 5, rngs=nnx.Rngs(1))
+    )
+    graph, params = nnx.split(net)
+
+    def loss(params, batch):
+        return cross_entropy(nnx.merge(graph, params)(batch[0]), batch[1])
+
+    return loss, params, (images(6), jnp.arange(N) % 5)
+
+
+IDS = jax.random.randint(jax.random.key(4), (N, 4), 0, 5)
+CASES = {
+    "mlp": lambda: of_linen(MLP(), images(6)),
+    "convolutions": lambda: of_linen(ConvNet(), images(9, 12, 2)),
+    "transformer": lambda: of_linen(Transformer(), IDS),
+    "embedding": lambda: of_linen(Embedded(), IDS),
+    "scan": lambda: of_linen(Scanned(), images(6)),
+    "odd": lambda: (odd, odd_params(), (images(3), jnp.arange(N) % 5)),
+    "nnx": of_nnx,
+}
+
+
+def reference(loss, params, batch):
+    """Sums over the gradients of single examples."""
+    one = jax.grad(lambda p, x: loss(p, jax.tree.map(lambda a: a[None], x)))
+    g = jax.tree.map(np.asarray, jax.jit(jax.vmap(one, (None, 0)))(params, batch))
+    mean = jax.tree.map(lambda a: a.mean(0), g)
+    apart = jax.tree.map(lambda a, m: a - m, g, mean)
+    along = sum(jax.tree.leaves(jax.tree.map(lambda a, m: (a * m).reshape(N, -1).sum(1), g, mean)))
+    squares = jax.tree.map(lambda a: np.square(a).sum(0), apart)
+    total = sum(np.sum(s) for s in jax.tree.leaves(squares))
+    return mean, total, squares, np.square(along - along.mean()).sum()
+
+
+def close(found, expected, rtol):
+    largest = max(float(np.abs(b).max()) for b in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = max(float(np.abs(b).max()), 1e-2 * largest)  # a leaf can be 0 but for rounding
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=rtol, atol=rtol * scale)
+
+
+@pytest.fixture(autouse=True)
+def as_users_have_it():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_statistics_are_those_of_single_examples(case):
+    loss, params, batch = CASES[case]()
+    fn = value_and_grad_noise(
+        loss, per_example="structured", coordinate_wise=True, inner_products=case != "odd"
+    )
+    value, noise = jax.jit(fn)(params, split_groups(batch, N))
+    mean, scatter, squares, products = reference(loss, params, batch)
+    assert int(noise.num_examples) == int(noise.num_groups) == N
+    np.testing.assert_allclose(value, loss(params, batch) if case != "odd" else value, rtol=1e-5)
+    close(noise.mean, mean, 1e-5)
+    np.testing.assert_allclose(noise.scatter, scatter, rtol=1e-5)
+    close(noise.coordinate_scatter, squares, 1e-5)
+    if case != "odd":
+        np.testing.assert_allclose(noise.inner_product_scatter, products, rtol=1e-5)
