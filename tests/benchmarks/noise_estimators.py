@@ -98,12 +98,17 @@ def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], in
         fn = adabatch.value_and_grad_signs(losses_fn, num_signs=number)
         return lambda params, batch, key: fn(params, adabatch.split_groups(batch, 1), key)
 
+    def structured(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
+        fn = adabatch.value_and_grad_noise(mean_loss, per_example="structured")
+        return fn(params, adabatch.split_groups(batch, size))
+
     return {
         "plain": (plain, 0),
         "groups, 8": (groups(8), 7),
         "groups, 16": (groups(16), 15),
         "signs, 1": (signs(1), 1),
         "signs, 2": (signs(2), 2),
+        "structured": (structured, size - 1),
         "per example": (groups(size), size - 1),
     }
 

@@ -104,9 +104,9 @@ def by_jax(net: nn.Module, size: int) -> dict[str, Callable[..., Any]]:
 
         return run
 
-    def ours(groups: int, products: bool, at_once: int = 1) -> Callable[..., Any]:
+    def ours(groups: int, products: bool, **options: Any) -> Callable[..., Any]:
         fn = adabatch.value_and_grad_noise(
-            lambda params, group: loss(params, *group), vectorize=at_once, inner_products=products
+            lambda params, group: loss(params, *group), inner_products=products, **options
         )
 
         def run(params: PyTree, x: jax.Array, y: jax.Array) -> Any:
@@ -150,15 +150,17 @@ def by_jax(net: nn.Module, size: int) -> dict[str, Callable[..., Any]]:
         PLAIN["JAX"]: plain,
         "norm test: ours, 8 groups": norms("groups, 8"),
         "norm test: ours, 1 sign vector": norms("signs, 1"),
+        "norm test: ours, examples, structured": ours(size, False, per_example="structured"),
         "norm test: ours, examples one by one": ours(size, False),
-        f"norm test: ours, examples, {AT_ONCE} at once": ours(size, False, AT_ONCE),
+        f"norm test: ours, examples, {AT_ONCE} at once": ours(size, False, vectorize=AT_ONCE),
         "norm test: Optax, micro_grad, one by one": micro_grad(1),
         f"norm test: Optax, micro_grad, {AT_ONCE} at once": micro_grad(AT_ONCE),
         "norm test: Optax, micro_grad, all at once": micro_grad(None),
         "norm test: JAX, vmap(grad)": vmap_grad(False),
         "inner products: ours, 8 groups": ours(8, True),
+        "inner products: ours, examples, structured": ours(size, True, per_example="structured"),
         "inner products: ours, examples one by one": ours(size, True),
-        f"inner products: ours, examples, {AT_ONCE} at once": ours(size, True, AT_ONCE),
+        f"inner products: ours, examples, {AT_ONCE} at once": ours(size, True, vectorize=AT_ONCE),
         "inner products: JAX, vmap(grad)": vmap_grad(True),
     }
 

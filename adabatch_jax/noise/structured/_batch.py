@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from adabatch_jax._tree import align, squared_norm, widen
 from adabatch_jax.noise._gradient_noise import GradientNoise
 from adabatch_jax.noise._tally import Tally
 from adabatch_jax.noise.structured._plan import make_plan
-from adabatch_jax.noise.structured._statistics import along, gradients, squares
+from adabatch_jax.noise.structured._statistics import along, backward, squares, sums
 
 PyTree = Any
 PARTS = tuple[jax.Array, list[jax.Array], list[jax.Array]]
@@ -65,35 +66,40 @@ def batch_tally(
         return jax.tree.leaves(parts)
 
     plan = make_plan(fn, leaves, first)
-    results, sums, signals = gradients(plan, leaves, rows_of, to_varying(weights, varying), varying)
+    weights = to_varying(weights, varying)
+    results, signals, known_sums = backward(plan, leaves, rows_of, weights, varying)
+    known_sums |= sums(plan, leaves, signals, "formula")
+    n = number.astype(jnp.float32)
+
+    def mean_of(direct: dict[int, jax.Array]) -> list[jax.Array]:
+        found = known_sums | direct
+        return [known(widen(found.get(i, jnp.zeros_like(p)))) for i, p in enumerate(leaves)]
 
     def known(tree: PyTree) -> PyTree:
         """0 where there was no example at all."""
         return jax.tree.map(lambda x: jnp.where(number > 0, x, 0), tree) if masked else tree
 
-    mean = known([widen(x) for x in sums])
-    n = number.astype(jnp.float32)
+    def measured() -> Any:
+        norms, each, direct = squares(plan, leaves, rows_of, weights, signals, coordinate_wise)
+        mean = mean_of(direct)
+        above = lambda s, q: jnp.maximum(n * n * s - n * q, 0.0).astype(jnp.float32)  # noqa: E731
+        coordinates = [above(each[i], jnp.square(m)) for i, m in enumerate(mean) if each]
+        return direct, above(norms, squared_norm(mean)), coordinates
 
-    def scatters() -> tuple[jax.Array, list[jax.Array] | None]:
-        norms, each = squares(plan, leaves, rows_of, weights, signals, coordinate_wise)
-        scatter = jnp.maximum(n * n * norms - n * squared_norm(mean), 0.0)
-        if each is None:
-            return scatter, None
-        pairs = zip(each, mean, strict=True)
-        return scatter, [
-            jnp.maximum(n * n * s - n * jnp.square(m), 0.0).astype(jnp.float32) for s, m in pairs
-        ]
+    def not_measured() -> Any:
+        _, *scatters = jax.eval_shape(measured)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), scatters)
+        direct = {i: widen(x) for i, x in sums(plan, leaves, signals, "direct").items()}
+        return direct, *to_varying(zeros, varying)
 
-    def nothing() -> Any:
-        shapes = jax.eval_shape(scatters)
-        return to_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), varying)
-
-    scatter, coordinates = (
-        scatters() if measure is None else jax.lax.cond(measure, scatters, nothing)
-    )
-    whole = lambda xs: None if xs is None else jax.tree.unflatten(structure, xs)  # noqa: E731
+    found = measured() if measure is None else jax.lax.cond(measure, measured, not_measured)
+    direct, scatter, coordinates = found
+    mean = mean_of(direct)
+    whole = functools.partial(jax.tree.unflatten, structure)
     scatter, coordinates = known((scatter, coordinates))
-    noise = GradientNoise(whole(mean), scatter, number, number, whole(coordinates))
+    noise = GradientNoise(
+        whole(mean), scatter, number, number, whole(coordinates) if coordinate_wise else None
+    )
 
     def average(x: jax.Array) -> jax.Array:
         return known(jnp.sum(align(weights, widen(x)) * widen(x), axis=0))

@@ -20,11 +20,9 @@ def explain_noise(
     """Prints how `value_and_grad_noise(…, per_example="structured")` treats each parameter, and why.
 
     * formula: ‖gᵢ‖² follows from the inputs x of one operation and its signals δ. For an input of one row
-      it is ‖x‖²·‖δ‖²; for more ⟨x xᵀ, δ δᵀ⟩ (Gram matrices) or ‖xᵀδ‖², whichever takes fewer
-      multiplications.
-    * direct: the gradient of one example is formed from inputs and signals, for a few examples at once:
-      cheap for biases and scales; for a parameter that is used several times, or changed before its use,
-      as much work as its gradient takes anyway.
+      it is ‖x‖²·‖δ‖²; for more ⟨x xᵀ, δ δᵀ⟩ where that takes fewer multiplications than the gradient.
+    * direct: the gradient of each example is formed from inputs and signals, a few at once, and they add up
+      to the mean gradient: as many multiplications as in a plain step.
     * apart: an operation is not known (a scan over layers, a custom derivative) and the parameter large.
       Its gradients take another pass for every example, as `vmap(grad)` does, a few at once.
     * unused: the loss does not depend on it.
@@ -56,7 +54,7 @@ def explain_noise(
     Source: Goodfellow (2015), arXiv 1510.01799; Li et al. (2021), arXiv 2110.05679; Rochette et al. (2019),
     arXiv 1912.06015.
     """
-    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)), jnp.dtype(x)), group)
+    stacked = jax.eval_shape(lambda g: jax.tree.map(lambda x: jnp.asarray(x)[None], g), group)
     check_single_examples(params, stacked)
     paths, structure = jax.tree.flatten_with_path(params)
     rows, batch = jax.tree.flatten(group)

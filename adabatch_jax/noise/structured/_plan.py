@@ -125,7 +125,7 @@ def _way(i: int, uses: list[Use], apart: dict[int, str], jaxpr: Jaxpr) -> Way:
         return Way("direct", (use,), f"changed before {name}")
     eqn = jaxpr.eqns[use.place]
     if formula := formula_of(eqn, use.operand):
-        return Way("formula", (use,), f"{name}, {formula.name(eqn, use.operand)}")
+        return Way("formula", (use,), f"{name}, {formula.name}")
     return Way("direct", (use,), name)
 
 

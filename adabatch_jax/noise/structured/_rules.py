@@ -52,16 +52,14 @@ class Formula(NamedTuple):
     """Squared norms of the gradients by one operand, all of one operation.
 
     `squared_norm(eqn, operand, others, delta)` is that of one example, float32; `room` how many numbers it
-    holds on the way. `once`: whether an entry of the gradient is one product x·δ; the squares of all
-    entries, added over examples, then follow from x² and δ² and from `wide`, the operation in float32.
+    holds on the way. `wide`, if there is one, is the operation in float32, where an entry of the gradient
+    is one product x·δ: the squares of all entries, added over examples, follow from x² and δ².
     """
 
-    fits: Callable[[Any, int], bool]
+    name: str
     squared_norm: Callable[[Any, int, list[Any], Any], Any]
-    room: Callable[[Any, int], int]
-    once: Callable[[Any, int], bool]
-    wide: Callable[[Any, Any, Any], Any]
-    name: Callable[[Any, int], str]
+    room: int
+    wide: Callable[[Any, Any, Any], Any] | None = None
 
 
 def _product(a: jax.Array, b: jax.Array, spec: str) -> jax.Array:
@@ -69,30 +67,26 @@ def _product(a: jax.Array, b: jax.Array, spec: str) -> jax.Array:
 
 
 def _norm_of_factors(x: jax.Array, delta: jax.Array) -> jax.Array:
-    """Σ_g ‖X_gᵀ Δ_g‖² of factors X [G, T, A], Δ [G, T, N].
+    """Σ_g ‖X_gᵀ Δ_g‖² of factors X [G, T, A], Δ [G, T, N], without the gradients XᵀΔ.
 
-    T = 1: ‖x‖²·‖δ‖² (Goodfellow 2015, arXiv 1510.01799). Otherwise ⟨X Xᵀ, Δ Δᵀ⟩, or the gradient XᵀΔ
-    itself, whichever takes fewer multiplications (Li et al. 2021, arXiv 2110.05679, "ghost norms").
+    T = 1: ‖x‖²·‖δ‖² (Goodfellow 2015, arXiv 1510.01799); otherwise ⟨X Xᵀ, Δ Δᵀ⟩ (Li et al. 2021, arXiv
+    2110.05679, "ghost norms").
     """
     if x.shape[1] == 1:
-        squares = [jnp.sum(jnp.square(widen(a)), axis=(1, 2)) for a in (x, delta)]
-        return jnp.vdot(*squares)
-    if _by_gram(x.shape, delta.shape):
-        grams = [_product(a, a, "gta,gsa->gts") for a in (x, delta)]
-        return jnp.vdot(*grams)
-    return jnp.sum(jnp.square(_product(x, delta, "gta,gtn->gan")))
+        return jnp.vdot(*(jnp.sum(jnp.square(widen(a)), axis=(1, 2)) for a in (x, delta)))
+    return jnp.vdot(*(_product(a, a, "gta,gsa->gts") for a in (x, delta)))
 
 
-def _by_gram(x: tuple[int, ...], delta: tuple[int, ...]) -> bool:
-    (_, t, a), n = x, delta[-1]
-    return t * (a + n) < a * n
-
-
-def _room_of_factors(x: tuple[int, ...], delta: tuple[int, ...]) -> int:
-    (g, t, a), n = x, delta[-1]
+def _of_factors(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]], squared_norm: Any, wide: Any = None
+) -> Formula | None:
+    """Where it takes fewer multiplications than the gradient, T·A·N."""
+    ((g, t, a), (_, _, n)) = shapes
     if t == 1:
-        return 1
-    return 2 * g * t * t if _by_gram(x, delta) else g * a * n
+        return Formula("‖x‖²·‖δ‖²", squared_norm, 1, wide)
+    if t * (a + n) < a * n:
+        return Formula("⟨x xᵀ, δ δᵀ⟩", squared_norm, 2 * g * t * t)
+    return None
 
 
 def _dot_shapes(eqn: Any, operand: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -122,6 +116,14 @@ def _dot_factors(eqn: Any, operand: int, x: jax.Array, delta: jax.Array) -> tupl
 def _wide_dot(eqn: Any, left: jax.Array, right: jax.Array) -> jax.Array:
     numbers = eqn.params["dimension_numbers"]
     return jax.lax.dot_general(widen(left), widen(right), numbers, precision="highest")
+
+
+def _dot_norm(eqn: Any, operand: int, others: list[Any], delta: jax.Array) -> jax.Array:
+    return _norm_of_factors(*_dot_factors(eqn, operand, others[0], delta))
+
+
+def _conv_norm(eqn: Any, operand: int, others: list[Any], delta: jax.Array) -> jax.Array:
+    return _norm_of_factors(*_conv_factors(eqn, others[0], delta))
 
 
 def _conv_shapes(eqn: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -159,7 +161,7 @@ def _conv_factors(eqn: Any, x: jax.Array, delta: jax.Array) -> tuple[Any, Any]:
     return around, jnp.moveaxis(delta.reshape(t, g, -1), 1, 0).reshape(of_delta)
 
 
-def _rows(eqn: Any, operand: int) -> bool:
+def _is_rows(eqn: Any) -> bool:
     """Whether a gather takes whole rows, as an embedding does."""
     numbers, table = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
     indices = eqn.invars[1].aval.shape
@@ -189,55 +191,29 @@ def _rows_norm(eqn: Any, operand: int, others: list[Any], delta: jax.Array) -> j
     return jnp.sum(jnp.where(same, gram, 0.0))
 
 
-def _name_of_factors(x: tuple[int, ...], delta: tuple[int, ...]) -> str:
-    if x[1] == 1:
-        return "‖x‖²·‖δ‖²"
-    return "Gram matrices" if _by_gram(x, delta) else "xᵀδ"
-
-
-def _never(eqn: Any, *operands: Any) -> Any:
-    raise AssertionError(f"{eqn.primitive.name} adds several products to an entry")
-
-
-_DOT = Formula(
-    fits=lambda eqn, operand: True,
-    squared_norm=lambda eqn, operand, others, delta: _norm_of_factors(
-        *_dot_factors(eqn, operand, others[0], delta)
-    ),
-    room=lambda eqn, operand: _room_of_factors(*_dot_shapes(eqn, operand)),
-    once=lambda eqn, operand: _dot_shapes(eqn, operand)[0][1] == 1,
-    wide=_wide_dot,
-    name=lambda eqn, operand: _name_of_factors(*_dot_shapes(eqn, operand)),
-)
-_CONV = Formula(
-    fits=lambda eqn, operand: eqn.params["batch_group_count"] == 1,
-    squared_norm=lambda eqn, operand, others, delta: _norm_of_factors(
-        *_conv_factors(eqn, others[0], delta)
-    ),
-    room=lambda eqn, operand: (
-        _room_of_factors(*_conv_shapes(eqn)) + math.prod(_conv_shapes(eqn)[0])
-    ),
-    once=lambda eqn, operand: False,
-    wide=_never,
-    name=lambda eqn, operand: _name_of_factors(*_conv_shapes(eqn)),
-)
-_ROWS = Formula(
-    fits=_rows,
-    squared_norm=_rows_norm,
-    room=lambda eqn, operand: 2 * math.prod(eqn.invars[1].aval.shape) ** 2,
-    once=lambda eqn, operand: False,
-    wide=_never,
-    name=lambda eqn, operand: "Gram matrices",
-)
-FORMULAS: dict[tuple[str, int], Formula] = {
-    ("dot_general", 0): _DOT,
-    ("dot_general", 1): _DOT,
-    ("conv_general_dilated", 1): _CONV,
-    ("gather", 0): _ROWS,
-}
+def _conv_gradient(eqn: Any, others: list[Any], delta: jax.Array) -> jax.Array:
+    """By the kernel: XᵀΔ. The transposed convolution does the same, far more slowly for many at once."""
+    numbers, kernel = eqn.params["dimension_numbers"], eqn.invars[1].aval.shape
+    x, delta = _conv_factors(eqn, others[0], delta)
+    spatial = [kernel[i] for i in numbers.rhs_spec[2:]]
+    found = _product(x, delta, "gta,gtn->gna").reshape(-1, *spatial, kernel[numbers.rhs_spec[1]])
+    order = np.argsort(numbers.rhs_spec).tolist()
+    return jnp.transpose(jnp.moveaxis(found, -1, 1), order).astype(eqn.invars[1].aval.dtype)
 
 
 def formula_of(eqn: Any, operand: int) -> Formula | None:
     """The formula of the squared norm by an operand that is a parameter as it is, if there is one."""
-    formula = FORMULAS.get((eqn.primitive.name, operand))
-    return formula if formula and formula.fits(eqn, operand) else None
+    if eqn.primitive.name == "dot_general":
+        return _of_factors(_dot_shapes(eqn, operand), _dot_norm, _wide_dot)
+    if gradient_of(eqn, operand):
+        return _of_factors(_conv_shapes(eqn), _conv_norm)
+    if eqn.primitive.name == "gather" and operand == 0 and _is_rows(eqn):
+        room = 2 * math.prod(eqn.invars[1].aval.shape) ** 2
+        return Formula("Σ [i_t = i_s] ⟨δ_t, δ_s⟩", _rows_norm, room)
+    return None
+
+
+def gradient_of(eqn: Any, operand: int) -> Callable[[Any, list[Any], Any], Any] | None:
+    """The gradient by an operand, where there is a faster way to it than the transposed operation."""
+    convolution = eqn.primitive.name == "conv_general_dilated" and operand == 1
+    return _conv_gradient if convolution and eqn.params["batch_group_count"] == 1 else None

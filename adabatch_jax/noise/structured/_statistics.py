@@ -6,7 +6,7 @@ All of them carry the weights of their examples: gᵢ stands for a weight times 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from adabatch_jax._axes import to_varying
 from adabatch_jax._tree import squared_norm, widen
 from adabatch_jax.noise.structured._plan import Plan, Use, bind, evaluate, operand_of
-from adabatch_jax.noise.structured._rules import formula_of
+from adabatch_jax.noise.structured._rules import formula_of, gradient_of
 
 PyTree = Any
 
@@ -30,44 +30,44 @@ class Signals(NamedTuple):
         return [(self.seen.get(use.place, []), self.deltas[use.tap]) for use in uses]
 
 
-def gradients(
+def backward(
     plan: Plan,
     params: Sequence[jax.Array],
     examples: Sequence[jax.Array],
     weights: jax.Array,
     varying: frozenset[str],
-) -> tuple[list[jax.Array], list[jax.Array], Signals]:
-    """The results [n, …] of all examples, Σ gᵢ by parameter, and the signals.
+) -> tuple[list[jax.Array], Signals, dict[int, jax.Array]]:
+    """The results [n, …] of all examples, the signals, and Σ gᵢ of the parameters that are apart.
 
     A tap is a zero, added to the result of an operation; the derivative of the loss by it is the signal
     that comes back to that result. Under `vmap` examples cannot depend on each other.
     """
-    apart = plan.apart
 
     def forward(taps: Any, own: list[jax.Array]) -> tuple[jax.Array, Any]:
-        given = _with(params, apart, own)
+        given = _with(params, plan.apart, own)
         one = lambda example, taps: evaluate(plan, given, example, taps)  # noqa: E731
         results, seen = jax.vmap(one)(list(examples), taps)
         return results[0], (results, seen)
 
     taps = {key: jnp.zeros((len(weights), *s.shape), s.dtype) for key, s in plan.taps.items()}
-    taps = to_varying(taps, varying)
-    own = [params[i] for i in apart]
-    losses, pull, (results, seen) = jax.vjp(forward, taps, own, has_aux=True)
-    deltas, direct = pull(weights.astype(losses.dtype))
-    signals = Signals(seen, deltas)
+    own = [params[i] for i in plan.apart]
+    losses, pull, (results, seen) = jax.vjp(forward, to_varying(taps, varying), own, has_aux=True)
+    deltas, sums = pull(weights.astype(losses.dtype))
+    return results, Signals(seen, deltas), dict(zip(plan.apart, sums, strict=True))
 
-    sums = []
-    for i, way in enumerate(plan.ways):
-        if i in apart:
-            sums.append(direct[apart.index(i)])
-            continue
-        total = jnp.zeros_like(params[i])
-        for use, (others, delta) in zip(way.uses, signals.of(way.uses), strict=True):
-            part = _pull_back(plan, params, i, use, others, delta, many=True)
-            total = part if use is way.uses[0] else total + part
-        sums.append(total)
-    return results, sums, signals
+
+def sums(
+    plan: Plan, params: Sequence[jax.Array], signals: Signals, kind: str
+) -> dict[int, jax.Array]:
+    """Σ gᵢ of the parameters of one kind, as a plain step has it."""
+    return {
+        i: _total(
+            _pull_back(plan, params, i, use, others, delta, many=True)
+            for use, (others, delta) in zip(way.uses, signals.of(way.uses), strict=True)
+        )
+        for i, way in enumerate(plan.ways)
+        if way.kind == kind
+    }
 
 
 def squares(
@@ -77,21 +77,25 @@ def squares(
     weights: jax.Array,
     signals: Signals,
     coordinate_wise: bool,
-) -> tuple[jax.Array, list[jax.Array] | None]:
-    """Σ ‖gᵢ‖² over all parameters together and, if asked for, Σ gᵢ² by parameter."""
-    norms, each = jnp.zeros((), jnp.float32), []
+) -> tuple[jax.Array, dict[int, Any], dict[int, jax.Array]]:
+    """Σ ‖gᵢ‖² over all parameters together, Σ gᵢ² by parameter if asked for, Σ gᵢ of the direct ones."""
+    norms = jnp.zeros((), jnp.float32)
+    each: dict[int, Any] = {}
+    sums: dict[int, jax.Array] = {}
     for i, way in enumerate(plan.ways):
-        each.append(jnp.zeros(params[i].shape, jnp.float32))
-        if way.uses:
-            norm, square = _of_parameter(plan, params, i, signals, coordinate_wise)
-            norms += norm
-            each[i] = each[i] if square is None else square
-    if plan.apart:
-        norm, found = _of_apart(plan, params, examples, weights, coordinate_wise)
+        if way.kind == "formula":
+            norm, square = _by_formula(plan, params, i, signals, coordinate_wise)
+        elif way.kind == "direct":
+            norm, square, sums[i] = _by_gradients(plan, params, i, signals, coordinate_wise)
+        else:
+            norm, square = jnp.zeros(()), jnp.zeros(params[i].shape, jnp.float32)
         norms += norm
-        for i, square in zip(plan.apart, found, strict=True):
+        if coordinate_wise:
             each[i] = square
-    return norms, each if coordinate_wise else None
+    if plan.apart:
+        norm, found = _apart(plan, params, examples, weights, coordinate_wise)
+        norms, each = norms + norm, each | found
+    return norms, each, sums
 
 
 def along(
@@ -128,70 +132,78 @@ def along(
     return total
 
 
-def _of_parameter(
+def _by_formula(
     plan: Plan, params: Sequence[jax.Array], i: int, signals: Signals, coordinate_wise: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    way = plan.ways[i]
-    given = signals.of(way.uses)
-    signal = sum(math.prod(delta.shape) for _, delta in given)
+    (use,) = plan.ways[i].uses
+    ((others, delta),) = given = signals.of([use])
+    eqn = plan.jaxpr.eqns[use.place]
+    formula = formula_of(eqn, use.operand)
+    assert formula
 
-    if way.kind == "formula":
-        (use,), ((others, delta),) = way.uses, given
-        eqn = plan.jaxpr.eqns[use.place]
-        formula = formula_of(eqn, use.operand)
-        assert formula
-        once = formula.once(eqn, use.operand)
-        if once or not coordinate_wise:
+    def norm(given: Any) -> jax.Array:
+        ((others, delta),) = given
+        known = [x for x in others if x is not None]
+        return formula.squared_norm(eqn, use.operand, known, delta)
 
-            def norm(given: Any) -> jax.Array:
-                ((others, delta),) = given
-                known = [x for x in others if x is not None]
-                return formula.squared_norm(eqn, use.operand, known, delta)
+    if not coordinate_wise:
+        return _summed(norm, given, _at_once(delta.size, formula.room)), None
+    wide = formula.wide
+    if not wide:
+        return _by_gradients(plan, params, i, signals, coordinate_wise)[:2]
+    others, delta = jax.tree.map(lambda x: jnp.square(widen(x)), (others, delta))
 
-            norms = _summed(norm, given, _at_once(signal, formula.room(eqn, use.operand)))
-            if not coordinate_wise:
-                return norms, None
-            others, delta = jax.tree.map(lambda x: jnp.square(widen(x)), (others, delta))
+    def run(p: jax.Array) -> jax.Array:
+        operand = operand_of(plan, eqn.invars[use.operand])(_with(params, [i], [p]))
+        one = lambda *xs: wide(eqn, *(operand if x is None else x for x in xs))  # noqa: E731
+        return jax.vmap(one)(*others)
 
-            def run(p: jax.Array) -> jax.Array:
-                operand = operand_of(plan, eqn.invars[use.operand])(_with(params, [i], [p]))
-                one = lambda *xs: formula.wide(eqn, *(operand if x is None else x for x in xs))  # noqa: E731
-                return jax.vmap(one)(*others)
-
-            return norms, jax.vjp(run, widen(params[i]))[1](delta)[0]
-
-    def both(given: Any) -> Any:
-        parts = [
-            _pull_back(plan, params, i, use, others, delta)
-            for use, (others, delta) in zip(way.uses, given, strict=True)
-        ]
-        g = widen(sum(parts[1:], start=parts[0]))
-        return squared_norm(g), jnp.square(g) if coordinate_wise else None
-
-    return _summed(both, given, _at_once(signal, params[i].size))
+    square = jax.vjp(run, widen(params[i]))[1](delta)[0]
+    return jnp.sum(square), square
 
 
-def _of_apart(
+def _by_gradients(
+    plan: Plan, params: Sequence[jax.Array], i: int, signals: Signals, coordinate_wise: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    uses = plan.ways[i].uses
+    given = signals.of(uses)
+
+    def one(given: Any) -> Any:
+        g = _total(
+            widen(_pull_back(plan, params, i, use, others, delta))
+            for use, (others, delta) in zip(uses, given, strict=True)
+        )
+        return squared_norm(g), jnp.square(g) if coordinate_wise else None, g
+
+    signal = sum(delta.size for _, delta in given)
+    return _summed(one, given, _at_once(signal, params[i].size))
+
+
+def _apart(
     plan: Plan,
     params: Sequence[jax.Array],
     examples: Sequence[jax.Array],
     weights: jax.Array,
     coordinate_wise: bool,
-) -> tuple[jax.Array, list[jax.Array]]:
+) -> tuple[jax.Array, dict[int, jax.Array]]:
     """From the gradients themselves, a few examples at once."""
     own = [params[i] for i in plan.apart]
 
-    def one(given: Any) -> tuple[jax.Array, list[jax.Array]]:
+    def one(given: Any) -> tuple[jax.Array, dict[int, jax.Array]]:
         example, weight = given
         found = jax.grad(lambda own: _loss(plan, params, own, example))(own)
         g = [widen(x) * weight for x in found]
-        return squared_norm(g), [jnp.square(x) for x in g] if coordinate_wise else []
+        squares = dict(zip(plan.apart, map(jnp.square, g), strict=True))
+        return squared_norm(g), squares if coordinate_wise else {}
 
     signal = len(weights) * sum(math.prod(s.shape) for s in plan.taps.values())
-    norms, each = _summed(
-        one, (list(examples), weights), _at_once(signal, sum(p.size for p in own))
-    )
-    return norms, each or own
+    at_once = _at_once(signal, sum(p.size for p in own))
+    return _summed(one, (list(examples), weights), at_once)
+
+
+def _total(parts: Iterable[Any]) -> Any:
+    first, *rest = parts
+    return sum(rest, start=first)
 
 
 def _at_once(signal: int, room: int) -> int:
@@ -251,9 +263,16 @@ def _pull_back(
     many: bool = False,
 ) -> jax.Array:
     """By parameter i, of one example, or the sum over many."""
+    eqn = plan.jaxpr.eqns[use.place]
+    gradient = None if many or use.copied else gradient_of(eqn, use.operand)
 
     def run(p: jax.Array) -> jax.Array:
-        one = lambda others: _result(plan, _with(params, [i], [p]), use, others)  # noqa: E731
+        given = _with(params, [i], [p])
+        if gradient:
+            return operand_of(plan, eqn.invars[use.operand])(given)
+        one = lambda others: _result(plan, given, use, others)  # noqa: E731
         return jax.vmap(one, axis_size=len(delta))(others) if many else one(others)
 
+    if gradient:
+        delta = gradient(eqn, [x for x in others if x is not None], delta)
     return jax.vjp(run, params[i])[1](delta)[0]

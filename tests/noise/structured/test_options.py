@@ -73,7 +73,9 @@ def test_a_step_that_does_not_measure_has_value_and_gradient_alone(params, group
     np.testing.assert_allclose(not_measured[0], always[0], rtol=1e-5)
     noise = not_measured[1]
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), noise.mean, always[1].mean
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        noise.mean,
+        always[1].mean,
     )
     for statistic in jax.tree.leaves((noise.scatter, noise.coordinate_scatter, noise[5])):
         assert np.isnan(statistic).all()

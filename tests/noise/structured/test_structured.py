@@ -22,9 +22,13 @@ def of_linen(net, x, num_classes=5):
         jax.random.key(1), (N, *x.shape[1:2][: x.ndim == 2]), 0, num_classes
     )
     labels = labels if jnp.issubdtype(x.dtype, jnp.integer) else labels[:N].reshape(N, -1)[:, 0]
-    params = net.init(jax.random.key(0), x[:1])["params"]
-    # No zeros: a bias of zero would hide what is wrong about it.
-    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+
+    @jax.jit
+    def init(x):  # no zeros: a bias of zero would hide what is wrong about it
+        noisy = lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape)  # noqa: E731
+        return jax.tree.map(noisy, net.init(jax.random.key(0), x)["params"])
+
+    params = init(x[:1])
 
     def loss(params, batch):
         return cross_entropy(net.apply({"params": params}, batch[0]), batch[1])
