@@ -43,7 +43,7 @@ def explain_noise(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> def loss_fn(params, x):
-      ...     hidden = jax.nn.relu(x @ params["in"] + params["bias"])
+      ...     hidden = jax.nn.relu(x @ params["in"] + params["bias"][None])
       ...     return jnp.mean(hidden @ params["out"])
       >>> params = {"in": jnp.ones((3, 4)), "bias": jnp.zeros(4), "out": jnp.ones(4)}
       >>> explain_noise(loss_fn, params, jnp.ones((1, 3)))
