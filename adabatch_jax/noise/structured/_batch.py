@@ -67,12 +67,12 @@ def batch_tally(
 
     plan = make_plan(fn, leaves, first)
     weights = to_varying(weights, varying)
-    results, signals, known_sums = backward(plan, leaves, rows_of, weights, varying)
-    known_sums |= sums(plan, leaves, signals, "formula")
+    results, signals = backward(plan, leaves, rows_of, weights, varying)
+    of_formulas = sums(plan, leaves, signals, "formula")
     n = number.astype(jnp.float32)
 
     def mean_of(direct: dict[int, jax.Array]) -> list[jax.Array]:
-        found = known_sums | direct
+        found = of_formulas | direct
         return [known(widen(found.get(i, jnp.zeros_like(p)))) for i, p in enumerate(leaves)]
 
     def known(tree: PyTree) -> PyTree:
@@ -80,7 +80,7 @@ def batch_tally(
         return jax.tree.map(lambda x: jnp.where(number > 0, x, 0), tree) if masked else tree
 
     def measured() -> Any:
-        norms, each, direct = squares(plan, leaves, rows_of, weights, signals, coordinate_wise)
+        norms, each, direct = squares(plan, leaves, signals, coordinate_wise)
         mean = mean_of(direct)
         above = lambda s, q: jnp.maximum(n * n * s - n * q, 0.0).astype(jnp.float32)  # noqa: E731
         coordinates = [above(each[i], jnp.square(m)) for i, m in enumerate(mean) if each]
@@ -112,7 +112,7 @@ def batch_tally(
 
     def project(direction: PyTree) -> jax.Array:
         direction = jax.tree.map(lambda d, p: d.astype(p.dtype), direction, params)
-        found = along(plan, leaves, rows_of, signals, weights, jax.tree.leaves(direction))
+        found = along(plan, leaves, signals, jax.tree.leaves(direction))
         return jnp.where(weights > 0, found / jnp.where(weights > 0, weights, 1.0), 0.0)
 
     return tally, project

@@ -22,9 +22,8 @@ def explain_noise(
     * formula: ‖gᵢ‖² follows from the inputs x of one operation and its signals δ. For an input of one row
       it is ‖x‖²·‖δ‖²; for more ⟨x xᵀ, δ δᵀ⟩ where that takes fewer multiplications than the gradient.
     * direct: the gradient of each example is formed from inputs and signals, a few at once, and they add up
-      to the mean gradient: as many multiplications as in a plain step.
-    * apart: an operation is not known (a scan over layers, a custom derivative) and the parameter large.
-      Its gradients take another pass for every example, as `vmap(grad)` does, a few at once.
+      to the mean gradient: as many multiplications as in a plain step. Only what has a program inside (a
+      scan over layers, a custom derivative) is run again for every example, as `vmap(grad)` does.
     * unused: the loss does not depend on it.
 
     A penalty on the weights inside the loss is a second use of each: leave it to the optimizer
@@ -38,7 +37,8 @@ def explain_noise(
       has_aux: whether it returns auxiliary data.
 
     Raises:
-      ValueError: `group` holds more or less than one example, or a parameter is no real float.
+      ValueError: `group` holds more or less than one example, a parameter is no real float, or the loss
+        does not depend on the example.
 
     Example:
       >>> import jax, jax.numpy as jnp

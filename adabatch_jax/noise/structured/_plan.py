@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,34 +9,25 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from adabatch_jax.noise.structured._rules import LINEAR, formula_of, rearranges
+from adabatch_jax.noise.structured._rules import formula_of, rearranges
 
 PyTree = Any
 CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 
 
 class Use(NamedTuple):
-    """One operation on an example that has an operand made of parameters alone.
-
-    The operation is linear in the operand, or the operand is small enough for a copy per example: then
-    `copied`, and the tap is on the operand instead of the result.
-    """
+    """One operation on an example that has operands made of parameters alone."""
 
     place: int  # of the operation in the flat jaxpr
-    operand: int
-    params: frozenset[int]  # behind the operand
-    isometric: bool  # the operand is the parameter, its entries in another order
-    copied: bool
-
-    @property
-    def tap(self) -> tuple[int, int | None]:
-        return self.place, self.operand if self.copied else None
+    params: frozenset[int]  # behind those operands
+    operand: int | None  # which, where it is only one
+    isometric: bool  # and that is a parameter as it is, its entries perhaps in another order
 
 
 class Way(NamedTuple):
     """How the per-example statistics of one parameter come about."""
 
-    kind: str  # "formula", "direct", "apart" or "unused"
+    kind: str  # "formula", "direct" or "unused"
     uses: tuple[Use, ...]
     reason: str
 
@@ -47,16 +37,16 @@ class Plan(NamedTuple):
 
     jaxpr: Jaxpr
     consts: Sequence[Any]
-    num_params: int
     ways: tuple[Way, ...]
     example: frozenset[Any]  # the variables that depend on the example
-    taps: dict[
-        tuple[int, int | None], jax.ShapeDtypeStruct
-    ]  # (place, operand or None for the result)
+
+    def results(self, place: int) -> list[Any]:
+        """The variables of an operation through which derivatives come back."""
+        return [v for v in self.jaxpr.eqns[place].outvars if _is_float(v)]
 
     @property
-    def apart(self) -> list[int]:
-        return [i for i, way in enumerate(self.ways) if way.kind == "apart"]
+    def places(self) -> list[int]:
+        return sorted({use.place for way in self.ways for use in way.uses})
 
 
 def make_plan(fn: Callable[..., Any], params: Sequence[Any], example: Sequence[Any]) -> Plan:
@@ -67,7 +57,6 @@ def make_plan(fn: Callable[..., Any], params: Sequence[Any], example: Sequence[A
     behind: dict[Any, frozenset[int]] = {v: frozenset([i]) for i, v in enumerate(invars[:number])}
     isometric, from_example = set(invars[:number]), set(invars[number:])
     uses: list[list[Use]] = [[] for _ in params]
-    apart: dict[int, str] = {}
 
     for place, eqn in enumerate(jaxpr.eqns):
         operands = [v for v in eqn.invars if not isinstance(v, Literal)]
@@ -79,54 +68,43 @@ def make_plan(fn: Callable[..., Any], params: Sequence[Any], example: Sequence[A
                     isometric.update(eqn.outvars)
             continue
         from_example.update(eqn.outvars)
-        if not any(map(_is_float, eqn.outvars)):
-            continue
-        for k, v in enumerate(eqn.invars):
-            if isinstance(v, Literal) or v not in behind:
-                continue
-            name = eqn.primitive.name
-            linear = k in LINEAR.get(name, ()) and eqn.invars.count(v) == 1
-            room = sum(math.prod(out.aval.shape) for out in eqn.outvars)
-            copied = not linear
-            if copied and math.prod(v.aval.shape) > room:
-                apart.update(dict.fromkeys(behind[v], f"{name} has no rule"))
-                continue
-            use = Use(place, k, behind[v], v in isometric, copied)
-            for i in behind[v]:
-                uses[i].append(use)
-    for out in jaxpr.outvars[:1]:
-        if not isinstance(out, Literal) and out not in from_example:
-            apart.update(
-                dict.fromkeys(behind.get(out, ()), "the loss is the same for all examples")
-            )
-
-    ways = tuple(_way(i, uses[i], apart, jaxpr) for i in range(number))
-    taps = {}
-    for way in ways:
-        for use in way.uses:
-            eqn = jaxpr.eqns[use.place]
-            v = eqn.invars[use.operand] if use.copied else eqn.outvars[0]
-            taps[use.tap] = jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype)
-    return Plan(jaxpr, flat.consts, number, ways, frozenset(from_example), taps)
+        if made_of and any(map(_is_float, eqn.outvars)):
+            own = [
+                k for k, v in enumerate(eqn.invars) if not isinstance(v, Literal) and v in behind
+            ]
+            operand = own[0] if len(own) == 1 else None
+            as_it_is = operand is not None and eqn.invars[operand] in isometric
+            for i in made_of:
+                uses[i].append(Use(place, made_of, operand, as_it_is))
+    loss = jaxpr.outvars[0]
+    if isinstance(loss, Literal) or loss not in from_example:
+        raise ValueError('per_example="structured": the loss does not depend on the example')
+    ways = tuple(_way(uses[i], jaxpr) for i in range(number))
+    return Plan(jaxpr, flat.consts, ways, frozenset(from_example))
 
 
-def _way(i: int, uses: list[Use], apart: dict[int, str], jaxpr: Jaxpr) -> Way:
-    if i in apart:
-        return Way("apart", (), apart[i])
+def _way(uses: list[Use], jaxpr: Jaxpr) -> Way:
     if not uses:
         return Way("unused", (), "the loss does not depend on it")
     names = [jaxpr.eqns[use.place].primitive.name for use in uses]
     if len(uses) > 1:
         return Way("direct", tuple(uses), f"{len(uses)} uses: {', '.join(names)}")
     (use,), (name,) = uses, names
-    if use.copied:
-        return Way("direct", (use,), f"{name} has no rule; small enough for copies")
+    eqn = jaxpr.eqns[use.place]
+    if is_program(eqn):
+        return Way("direct", (use,), f"{name}, again for every example")
     if not use.isometric:
         return Way("direct", (use,), f"changed before {name}")
-    eqn = jaxpr.eqns[use.place]
     if formula := formula_of(eqn, use.operand):
         return Way("formula", (use,), f"{name}, {formula.name}")
     return Way("direct", (use,), name)
+
+
+def is_program(eqn: Any) -> bool:
+    """Whether an operation has a program inside: a loop, a branch, a derivative of its own."""
+    return any(
+        isinstance(x, (Jaxpr, ClosedJaxpr)) for x in jax.tree.leaves(list(eqn.params.values()))
+    )
 
 
 def _is_float(v: Any) -> bool:
@@ -169,7 +147,7 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
 
 def evaluate(
-    plan: Plan, params: Sequence[Any], example: Sequence[Any], taps: dict[Any, Any]
+    plan: Plan, params: Sequence[Any], example: Sequence[Any], taps: dict[int, list[Any]]
 ) -> tuple[list[Any], dict[int, list[Any]]]:
     """The results for one example, with the taps added; and the operands of the tapped operations.
 
@@ -182,17 +160,16 @@ def evaluate(
     seen = {}
     for place, eqn in enumerate(jaxpr.eqns):
         operands = [read(env, v) for v in eqn.invars]
-        operands = [x + taps[place, k] if (place, k) in taps else x for k, x in enumerate(operands)]
-        results = bind(eqn, operands)
-        if (place, None) in taps:
+        env.update(zip(eqn.outvars, bind(eqn, operands), strict=True))
+        if place in taps:
             varies = [not isinstance(v, Literal) and v in plan.example for v in eqn.invars]
             seen[place] = [x if yes else None for x, yes in zip(operands, varies, strict=True)]
-            results = [results[0] + taps[place, None]]
-        env.update(zip(eqn.outvars, results, strict=True))
+            for v, tap in zip(plan.results(place), taps[place], strict=True):
+                env[v] += tap
     return [read(env, v) for v in jaxpr.outvars], seen
 
 
-def operand_of(plan: Plan, variable: Any) -> Callable[[Sequence[Any]], Any]:
+def value_of(plan: Plan, variable: Any) -> Callable[[Sequence[Any]], Any]:
     """The function of the parameters that a variable is which does not depend on the example."""
     if isinstance(variable, Literal):
         return lambda params: variable.val

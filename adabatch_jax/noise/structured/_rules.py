@@ -1,13 +1,13 @@
-"""What is known of an operation: in which operands it is linear, and norms from its inputs and signals.
+"""What is known of an operation y = op(x, w) beyond its derivative.
 
-Let y = op(x, w) be linear in w, and δ the derivative of the loss of one example by y. Its gradient
-by w then is the transposed operation, applied to δ. Some of its squared norms need no such gradient.
+Let δ be the derivative of the loss of one example by y. The gradient of that example by w is what comes
+back from δ through the operation. Some have a squared norm that needs no such gradient, or a faster
+way to it. A new primitive is one more branch of `formula_of` or of `gradient_of`.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,24 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from adabatch_jax._tree import widen
-
-# Primitive -> the operands in which it is linear (or affine) while the others are held.
-EVERY = range(sys.maxsize)
-LINEAR: dict[str, range | tuple[int, ...]] = {
-    "add": EVERY,
-    "add_any": EVERY,
-    "concatenate": EVERY,
-    "conv_general_dilated": EVERY,
-    "div": (0,),
-    "dot_general": EVERY,
-    "dynamic_slice": (0,),
-    "dynamic_update_slice": (0, 1),
-    "gather": (0,),
-    "mul": EVERY,
-    "pad": EVERY,
-    "select_n": EVERY[1:],
-    "sub": EVERY,
-}
 
 
 def rearranges(eqn: Any) -> bool:
@@ -180,11 +162,9 @@ def _rows_norm(eqn: Any, operand: int, others: list[Any], delta: jax.Array) -> j
     (indices,) = others
     mode, length = eqn.params["mode"], eqn.invars[0].aval.shape[0]
     i = indices.reshape(-1)
-    real = jnp.ones(i.shape, bool)
     if mode == jax.lax.GatherScatterMode.CLIP:
         i = jnp.clip(i, 0, length - 1)
-    elif mode == jax.lax.GatherScatterMode.FILL_OR_DROP:
-        real = (i >= 0) & (i < length)
+    real = (i >= 0) & (i < length)  # the backward pass drops all others
     delta = delta.reshape(len(i), -1)
     gram = _product(delta, delta, "td,sd->ts")
     same = (i[:, None] == i) & real[:, None] & real
@@ -201,8 +181,10 @@ def _conv_gradient(eqn: Any, others: list[Any], delta: jax.Array) -> jax.Array:
     return jnp.transpose(jnp.moveaxis(found, -1, 1), order).astype(eqn.invars[1].aval.dtype)
 
 
-def formula_of(eqn: Any, operand: int) -> Formula | None:
+def formula_of(eqn: Any, operand: int | None) -> Formula | None:
     """The formula of the squared norm by an operand that is a parameter as it is, if there is one."""
+    if operand is None:
+        return None
     if eqn.primitive.name == "dot_general":
         return _of_factors(_dot_shapes(eqn, operand), _dot_norm, _wide_dot)
     if gradient_of(eqn, operand):
@@ -213,7 +195,7 @@ def formula_of(eqn: Any, operand: int) -> Formula | None:
     return None
 
 
-def gradient_of(eqn: Any, operand: int) -> Callable[[Any, list[Any], Any], Any] | None:
+def gradient_of(eqn: Any, operand: int | None) -> Callable[[Any, list[Any], Any], Any] | None:
     """The gradient by an operand, where there is a faster way to it than the transposed operation."""
     convolution = eqn.primitive.name == "conv_general_dilated" and operand == 1
     return _conv_gradient if convolution and eqn.params["batch_group_count"] == 1 else None

@@ -113,12 +113,17 @@ def test_noise_that_float32_cannot_resolve_is_marked():
         ({**STRUCTURED, "lanes": True}, {}, "lanes=True"),
         (STRUCTURED, {"groups": jnp.ones((3, 2, 3))}, "groups of one example"),
         (STRUCTURED, {"params": jnp.arange(3)}, "int32"),
+        (STRUCTURED, {"groups": jnp.zeros((4, 1, 3), jnp.int32)}, "does not depend on the example"),
     ],
 )
 def test_what_it_cannot_do_is_named(options, given, message):
     given = {"params": jnp.ones(3), "groups": jnp.ones((4, 1, 3))} | given
+
+    def loss(w, x):
+        return jnp.mean(jnp.dot(x, w) if jnp.issubdtype(x.dtype, jnp.floating) else w)
+
     with pytest.raises(ValueError, match=message):
-        value_and_grad_noise(lambda w, x: jnp.mean(jnp.dot(x, w)), **options)(**given)
+        value_and_grad_noise(loss, **options)(**given)
 
 
 def test_the_plan_in_words(capsys):
@@ -141,9 +146,9 @@ def test_the_plan_in_words(capsys):
     explain_noise(loss, params, jax.ShapeDtypeStruct((1, 3), jnp.float32))
     assert capsys.readouterr().out.splitlines() == [
         "['bias']    [4]        direct   add",
-        "['floor']   [4]        direct   max has no rule; small enough for copies",
+        "['floor']   [4]        direct   max",
         "['in']      [3, 4]     formula  dot_general, ‖x‖²·‖δ‖²",
-        "['layers']  [2, 4, 4]  apart    scan has no rule",
+        "['layers']  [2, 4, 4]  direct   scan, again for every example",
         "['no']      [1]        unused   the loss does not depend on it",
         "['tied']    [4]        direct   2 uses: dot_general, dot_general",
     ]

@@ -1,5 +1,7 @@
 """`per_example="structured"` against the gradients of single examples, for all sorts of losses."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,14 +75,6 @@ class Transformer(nn.Module):
         return embed.attend(nn.LayerNorm()(x))
 
 
-class Embedded(nn.Module):
-    """An embedding used once, of a table larger than the square of the length."""
-
-    @nn.compact
-    def __call__(self, ids):
-        return nn.Dense(5)(nn.Embed(30, 4)(ids * 6))
-
-
 class Scanned(nn.Module):
     """Layers in a scan, whose parameters nobody taps, between layers that are."""
 
@@ -108,19 +102,47 @@ def odd(params, batch):
     x = x @ w  # weight normalisation
     q, k = jnp.split(x @ params["both"], 2, axis=-1)
     x = jnp.where(q > 0, k, params["slope"] * q) / (1.0 + params["slope"] ** 2)
-    x = jnp.concatenate([x, jnp.broadcast_to(params["token"], (1, 2))], axis=-1)
+    token = jnp.broadcast_to(params["token"], (1, 1))
+    x = jnp.concatenate([token, x, 2.0 * token], axis=-1)
     x = tripled(params["custom"], x)
-    x = jnp.maximum(x, params["floor"])  # `max` has no rule
+    x = jnp.maximum(x, params["floor"])  # not linear
     x = x - params["shift"] + jnp.round(params["shift"]).astype(jnp.int32)
     x = x * jax.lax.stop_gradient(params["stopped"])
-    x = params["table"].T[jnp.argmax(x, axis=-1) + jnp.array([-9])] + x  # out of bounds, too
+    x = params["table"].T[jnp.argmax(x, axis=-1) + jnp.array([-1])] + x
     penalty = 0.1 * jnp.sum(params["both"] ** 2)
     return cross_entropy(x @ params["table"], labels) + penalty
 
 
 def odd_params():
-    shapes = dict(direction=(3, 6), length=(6,), both=(6, 8), slope=(4,), token=(2,), custom=(6, 4))
+    shapes = dict(direction=(3, 6), length=(6,), both=(6, 8), slope=(4,), token=(1,), custom=(6, 4))
     shapes |= dict(floor=(4,), shift=(), stopped=(4,), table=(4, 5), unused=(2,))
+    keys = jax.random.split(jax.random.key(5), len(shapes))
+    return {k: jax.random.normal(key, s) for key, (k, s) in zip(keys, shapes.items(), strict=True)}
+
+
+def embedding(params, batch):
+    """Rows of large tables; one out of bounds counts as the last of one, and as none of another."""
+    ids, labels = batch
+    x = params["clipped"].at[7 * ids].get(mode="clip")
+    x = x + params["filled"].at[7 * ids].get(mode="fill", fill_value=0.0)
+    return cross_entropy(jnp.sum(x, axis=1), labels[:, 0])
+
+
+def embedding_params():
+    return {k: jax.random.normal(jax.random.key(5), (25, 5)) for k in ("clipped", "filled")}
+
+
+def left(params, batch):
+    """Parameters on the left of products, of one column and of several; a shared axis."""
+    x, labels = batch  # [1, 3, 5]
+    x = jnp.tanh(jnp.matmul(params["several"], jnp.swapaxes(x[0], 0, 1)))
+    x = jnp.einsum("hde,dth->teh", params["heads"], x.reshape(4, 3, 2))
+    x = jnp.dot(params["one"], x.reshape(-1))
+    return cross_entropy(x[None], labels)
+
+
+def left_params():
+    shapes = dict(several=(8, 5), heads=(2, 4, 4), one=(5, 24))
     keys = jax.random.split(jax.random.key(5), len(shapes))
     return {k: jax.random.normal(key, s) for key, (k, s) in zip(keys, shapes.items(), strict=True)}
 
@@ -142,8 +164,9 @@ CASES = {
     "mlp": lambda: of_linen(MLP(), images(6)),
     "convolutions": lambda: of_linen(ConvNet(), images(9, 12, 2)),
     "transformer": lambda: of_linen(Transformer(), IDS),
-    "embedding": lambda: of_linen(Embedded(), IDS),
+    "embedding": lambda: (embedding, embedding_params(), (IDS, IDS)),
     "scan": lambda: of_linen(Scanned(), images(6)),
+    "left": lambda: (left, left_params(), (images(3, 5), jnp.arange(N) % 5)),
     "odd": lambda: (odd, odd_params(), (images(3), jnp.arange(N) % 5)),
     "nnx": of_nnx,
 }
@@ -151,14 +174,15 @@ CASES = {
 
 def reference(loss, params, batch):
     """Sums over the gradients of single examples."""
-    one = jax.grad(lambda p, x: loss(p, jax.tree.map(lambda a: a[None], x)))
-    g = jax.tree.map(np.asarray, jax.jit(jax.vmap(one, (None, 0)))(params, batch))
+    one = jax.value_and_grad(lambda p, x: loss(p, jax.tree.map(lambda a: a[None], x)))
+    found = jax.jit(jax.vmap(one, (None, 0)))(params, batch)
+    values, g = jax.tree.map(np.asarray, found)
     mean = jax.tree.map(lambda a: a.mean(0), g)
     apart = jax.tree.map(lambda a, m: a - m, g, mean)
     along = sum(jax.tree.leaves(jax.tree.map(lambda a, m: (a * m).reshape(N, -1).sum(1), g, mean)))
     squares = jax.tree.map(lambda a: np.square(a).sum(0), apart)
     total = sum(np.sum(s) for s in jax.tree.leaves(squares))
-    return mean, total, squares, np.square(along - along.mean()).sum()
+    return values.mean(), mean, total, squares, np.square(along - along.mean()).sum()
 
 
 def close(found, expected, rtol):
@@ -177,15 +201,18 @@ def as_users_have_it():
 @pytest.mark.parametrize("case", CASES)
 def test_all_statistics_are_those_of_single_examples(case):
     loss, params, batch = CASES[case]()
-    fn = value_and_grad_noise(
-        loss, per_example="structured", coordinate_wise=True, inner_products=case != "odd"
-    )
-    value, noise = jax.jit(fn)(params, split_groups(batch, N))
-    mean, scatter, squares, products = reference(loss, params, batch)
+    structured = partial(value_and_grad_noise, loss, per_example="structured")
+
+    @jax.jit
+    def measure(params, groups):
+        by_coordinate = structured(coordinate_wise=True)(params, groups)[1].coordinate_scatter
+        return *structured(inner_products=True)(params, groups), by_coordinate
+
+    value, noise, by_coordinate = measure(params, split_groups(batch, N))
+    expected, mean, scatter, squares, products = reference(loss, params, batch)
     assert int(noise.num_examples) == int(noise.num_groups) == N
-    np.testing.assert_allclose(value, loss(params, batch) if case != "odd" else value, rtol=1e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     close(noise.mean, mean, 1e-5)
     np.testing.assert_allclose(noise.scatter, scatter, rtol=1e-5)
-    close(noise.coordinate_scatter, squares, 1e-5)
-    if case != "odd":
-        np.testing.assert_allclose(noise.inner_product_scatter, products, rtol=1e-5)
+    close(by_coordinate, squares, 1e-5)
+    np.testing.assert_allclose(noise.inner_product_scatter, products, rtol=1e-5)
