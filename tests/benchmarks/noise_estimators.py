@@ -12,7 +12,8 @@ are kept in runs/benchmarks/noise_estimators.json. `--problem mlp --only time` t
 
 * groups: `value_and_grad_noise` over 8 or 16 groups, one after the other;
 * signs: `value_and_grad_signs` with one or two sign vectors;
-* per example: `value_and_grad_noise` over groups of one example.
+* structured: the same over single examples, with `per_example="structured"`;
+* per example: the same, one after the other.
 
 The relative standard error is the deviation of tr Σ over 200 draws of the batch (with replacement, from
 1,024 examples, and new signs), over its mean; of single examples over 20. Beside it stands what the
