@@ -44,6 +44,13 @@ class Formula(NamedTuple):
     wide: Callable[[Any, Any, Any], Any] | None = None
 
 
+class Gradient(NamedTuple):
+    """The gradient of one example by one operand, and how many numbers that holds on the way."""
+
+    function: Callable[[Any, list[Any], Any], Any]
+    room: int
+
+
 def _product(a: jax.Array, b: jax.Array, spec: str) -> jax.Array:
     return jnp.einsum(spec, a, b, precision="highest", preferred_element_type=jnp.float32)
 
@@ -195,7 +202,9 @@ def formula_of(eqn: Any, operand: int | None) -> Formula | None:
     return None
 
 
-def gradient_of(eqn: Any, operand: int | None) -> Callable[[Any, list[Any], Any], Any] | None:
+def gradient_of(eqn: Any, operand: int | None) -> Gradient | None:
     """The gradient by an operand, where there is a faster way to it than the transposed operation."""
     convolution = eqn.primitive.name == "conv_general_dilated" and operand == 1
-    return _conv_gradient if convolution and eqn.params["batch_group_count"] == 1 else None
+    if convolution and eqn.params["batch_group_count"] == 1:
+        return Gradient(_conv_gradient, room=math.prod(_conv_shapes(eqn)[0]))
+    return None

@@ -155,7 +155,9 @@ def _by_gradients(
         )
         return squared_norm(g), jnp.square(g) if coordinate_wise else None, g
 
-    return _summed(one, signals.of(uses), _at_once(signals, params[i].size))
+    ways = [gradient_of(plan.jaxpr.eqns[use.place], use.operand) for use in uses]
+    room = params[i].size + sum(way.room for way in ways if way)
+    return _summed(one, signals.of(uses), _at_once(signals, room))
 
 
 def _total(parts: Iterable[Any]) -> Any:
@@ -169,8 +171,8 @@ def _inner(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def _at_once(signals: Signals, room: int) -> int:
-    """So many examples that they take no more memory than all signals: at least one."""
-    return max(1, signals.size // max(room, 1))
+    """So many examples that they take a quarter of the memory of all signals: at least one."""
+    return max(1, signals.size // max(4 * room, 1))
 
 
 def _summed(fn: Callable[[Any], PyTree], xs: PyTree, at_once: int) -> PyTree:
@@ -225,7 +227,7 @@ def _pull_back(
     if gradient and k is not None and not many:
         run = lambda p: value_of(plan, eqn.invars[k])(_with(params, [i], [p]))  # noqa: E731
         known = [x for x in others if x is not None]
-        return jax.vjp(run, params[i])[1](gradient(eqn, known, *deltas))[0]
+        return jax.vjp(run, params[i])[1](gradient.function(eqn, known, *deltas))[0]
 
     def results(p: jax.Array) -> list[jax.Array]:
         one = lambda others: _results(plan, _with(params, [i], [p]), use, others)  # noqa: E731
