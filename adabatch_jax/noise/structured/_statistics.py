@@ -96,7 +96,7 @@ def squares(
 def along(
     plan: Plan, params: Sequence[jax.Array], signals: Signals, direction: Sequence[jax.Array]
 ) -> jax.Array:
-    """⟨gᵢ, v⟩, float32 [n]: ⟨δᵢ, d⟩ of every use, d the change of its results along v."""
+    """⟨gᵢ, v⟩, float32 [n] (or 0): ⟨δᵢ, d⟩ of every use, d the change of its results along v."""
     found: list[jax.Array] = []
     for use in dict.fromkeys(use for way in plan.ways for use in way.uses):
 
@@ -111,7 +111,7 @@ def along(
 
         (given,) = signals.of([use])
         found.append(jax.vmap(one)(given))
-    return _total(found)
+    return _total(found) if found else jnp.zeros((), jnp.float32)
 
 
 def _by_formula(
