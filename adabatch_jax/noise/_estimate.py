@@ -167,37 +167,35 @@ def value_and_grad_noise(
         def loss_parts(p: PyTree, group: PyTree) -> Any:
             out = loss_fn(p, group, *args)
             value, aux = out if has_aux else (out, None)
-            return value, *split_aux(aux)
+            return value, split_aux(aux)
 
         def gradient(group: PyTree, size: jax.Array) -> Tally:
-            out, mean = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, group, *args)
-            value, aux = out if has_aux else (out, None)
-            averaged, summed = split_aux(aux)
+            (value, aux), mean = jax.value_and_grad(loss_parts, has_aux=True)(params, group)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), mean)
             noise = single(mean, size)._replace(
                 coordinate_scatter=zeros if coordinate_wise else None
             )
-            return Tally(noise, value, averaged, summed)
+            return Tally(noise, value, *aux)
 
+        batch = partial(
+            batch_tally,
+            loss_parts,
+            params,
+            coordinate_wise=coordinate_wise,
+            measure=measure,
+            varying=varying,
+        )
         project = None
         if structured:
             check_single_examples(params, groups)
-            batch = partial(
-                batch_tally,
-                loss_parts,
-                params,
-                coordinate_wise=coordinate_wise,
-                measure=measure,
-                varying=varying,
-            )
-        if not structured:
-            total = over_groups(bound, gradient, measure)
-        elif at_once < leading[0]:
+        if structured and at_once == leading[0]:
+            sizes = sizes if count is None else jnp.where(jnp.arange(at_once) < bound, sizes, 0)
+            total, project = batch(groups, sizes, masked=masked)
+        elif structured:
             each = lambda group, sizes: batch(group, sizes, masked=True)[0]  # noqa: E731
             total = over_groups(bound, each, measure, together=True)
         else:
-            sizes = sizes if count is None else jnp.where(jnp.arange(at_once) < bound, sizes, 0)
-            total, project = batch(groups, sizes, masked=masked)
+            total = over_groups(bound, gradient, measure)
         total = pool_devices(total, axes)
         mean = cast_like(total.noise.mean, params)
         noise = total.noise._replace(mean=mean)

@@ -73,8 +73,9 @@ def recommend_estimator(
       group_overhead: a ≥ 0, examples. The default is that of a dense network on two CPU cores, the
         worst case there; networks that use a parameter many times an example, convolutions or
         attention, come near 0. On other hardware: take the time of one gradient at two sizes.
-      structured_cost: at least 1, over a plain step. The default is the most of three networks on two CPU
-        cores; a parameter that `explain_noise` calls apart makes it more.
+      structured_cost: at least 1, over a plain step. The default is above what three networks took on two
+        CPU cores; a large parameter that is used several times, or in a loop, makes it more (see
+        `explain_noise`).
 
     Returns:
       A `Recommendation`. Parts are of equal size: c divides the n examples of a micro-batch. Where

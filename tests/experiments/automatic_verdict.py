@@ -40,9 +40,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from automatic_verdict_report import draw, judged, markdown, write_csv
+from automatic_verdict_report import draw, judged, markdown
 from automatic_verdict_runs import FILES, Task, constant, keep_compiled, run
-from common import run_all
+from common import run_all, save_table
 
 SEEDS = (0, 1, 2)
 MOST_RATES = 9
@@ -208,10 +208,7 @@ def main() -> None:
         print("nothing is finished yet")
         return
     table = markdown(found)
-    (options.out / "table.md").write_text(table + "\n", encoding="utf-8")
-    for path in (options.out / "table.csv", options.csv):
-        if path is not None:
-            write_csv(found, path)
+    save_table(found, table, options.out, options.csv)
     print(table)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from adabatch_jax.training._plot_style import (
     finish,
     new_figure,
 )
-from adabatch_jax.training._report import atomic_path
 
 Done = dict[str, Any]
 POINTS, BITS, FEWER = 0.2, 0.01, 4  # the goal: as good within these, in so many times fewer steps
@@ -62,14 +60,6 @@ def markdown(found: list[Done]) -> str:
         cells += [f"{row['cpu_seconds']:.1f}", tune if row["runs_to_tune"] else "–", row["goal"]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def write_csv(found: list[Done], path: Path) -> None:
-    rows = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in found]
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def draw(task: Task, found: list[Done], path: Path) -> None:

@@ -22,17 +22,15 @@ in 74 at η = 0.5. With the rate × √b it lies above: 0.860 in 364.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from batch_policies_runs import POLICIES, Task, run
-from common import run_all
+from common import run_all, save_table
 
 from adabatch_jax.training._plot_style import BLUE, ORANGE, dress, finish, new_figure
-from adabatch_jax.training._report import atomic_path
 
 SEEDS = (0, 1, 2)
 GRIDS = {"adagrad": (0.01, 0.02, 0.04), "adagrad-norm": (1.0, 2.0, 4.0)}  # where they begin
@@ -128,13 +126,6 @@ def markdown(found: list[Done]) -> str:
     return "\n".join(lines)
 
 
-def write_csv(found: list[Done], path: Path) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-
-
 def draw(task: Task, found: list[Done], path: Path) -> None:
     """Accuracy against optimizer steps, at equal examples; constant batches are joined by a line."""
     figure = new_figure()
@@ -187,11 +178,7 @@ def main() -> None:
         print("no policy is finished yet")
         return
     table = markdown(found)
-    (options.out / "table.md").write_text(table + "\n", encoding="utf-8")
-    for path in (options.out / "table.csv", options.csv):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_csv(found, path)
+    save_table(found, table, options.out, options.csv)
     for task in tasks:
         of_task = [r for r in found if (r["dataset"], r["model"], r["optimizer"]) == names_of(task)]
         if any(r["policy"].startswith("constant") for r in of_task):

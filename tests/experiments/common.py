@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import time
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 
 from adabatch_jax.training import load_dataset
-from adabatch_jax.training._report import write_json
+from adabatch_jax.training._report import atomic_path, write_json
 
 Result = dict[str, Any]
 Wanted = Callable[[dict[str, Result]], list[tuple[str, Callable[[], Result]]]]
@@ -87,3 +88,15 @@ def run_all(store: Path, wanted: Wanted) -> dict[str, Result]:
         )
         print(f"{key}: {shown}; {len(waiting) - 1} runs, about {minutes:.0f} min left", flush=True)
     return done
+
+
+def save_table(rows: list[Result], table: str, folder: Path, copy: Path | None = None) -> None:
+    """As table.md and table.csv in a folder, and as CSV in a second place; floats with six digits."""
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    short = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
+    for path in filter(None, (folder / "table.csv", copy)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(short[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(short)

@@ -17,7 +17,7 @@ from adabatch_jax.noise.structured._plan import make_plan
 from adabatch_jax.noise.structured._statistics import along, backward, squares, sums
 
 PyTree = Any
-PARTS = tuple[jax.Array, list[jax.Array], list[jax.Array]]
+PARTS = tuple[jax.Array, tuple[list[jax.Array], list[jax.Array]]]
 
 
 def batch_tally(
@@ -107,7 +107,7 @@ def batch_tally(
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(x * align(sizes, x), axis=0, dtype=x.dtype)
 
-    value, averaged, summed = jax.tree.unflatten(jax.tree.structure(shape), results)
+    value, (averaged, summed) = jax.tree.unflatten(jax.tree.structure(shape), results)
     tally = Tally(noise, average(value), [average(x) for x in averaged], [total(x) for x in summed])
 
     def project(direction: PyTree) -> jax.Array:

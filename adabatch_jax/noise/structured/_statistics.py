@@ -79,18 +79,18 @@ def squares(
     """Σ ‖gᵢ‖² over all parameters together, Σ gᵢ² by parameter if asked for, Σ gᵢ of the direct ones."""
     norms = jnp.zeros((), jnp.float32)
     each: dict[int, Any] = {}
-    sums: dict[int, jax.Array] = {}
+    formed: dict[int, jax.Array] = {}
     for i, way in enumerate(plan.ways):
         if way.kind == "formula":
             norm, square = _by_formula(plan, params, i, signals, coordinate_wise)
         elif way.kind == "direct":
-            norm, square, sums[i] = _by_gradients(plan, params, i, signals, coordinate_wise)
+            norm, square, formed[i] = _by_gradients(plan, params, i, signals, coordinate_wise)
         else:
             norm, square = jnp.zeros(()), jnp.zeros(params[i].shape, jnp.float32)
         norms += norm
         if coordinate_wise:
             each[i] = square
-    return norms, each, sums
+    return norms, each, formed
 
 
 def along(

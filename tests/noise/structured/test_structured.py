@@ -38,6 +38,11 @@ def of_linen(net, x, num_classes=5):
     return loss, params, (x, labels)
 
 
+def drawn(**shapes):
+    keys = jax.random.split(jax.random.key(5), len(shapes))
+    return {k: jax.random.normal(key, s) for key, (k, s) in zip(keys, shapes.items(), strict=True)}
+
+
 def images(*shape):
     return jax.random.normal(jax.random.key(3), (N, *shape))
 
@@ -76,7 +81,7 @@ class Transformer(nn.Module):
 
 
 class Scanned(nn.Module):
-    """Layers in a scan, whose parameters nobody taps, between layers that are."""
+    """Layers in a scan, which goes as a whole, between layers that do not."""
 
     @nn.compact
     def __call__(self, x):
@@ -113,11 +118,8 @@ def odd(params, batch):
     return cross_entropy(x @ params["table"], labels) + penalty
 
 
-def odd_params():
-    shapes = dict(direction=(3, 6), length=(6,), both=(6, 8), slope=(4,), token=(1,), custom=(6, 4))
-    shapes |= dict(floor=(4,), shift=(), stopped=(4,), table=(4, 5), unused=(2,))
-    keys = jax.random.split(jax.random.key(5), len(shapes))
-    return {k: jax.random.normal(key, s) for key, (k, s) in zip(keys, shapes.items(), strict=True)}
+ODD = dict(direction=(3, 6), length=(6,), both=(6, 8), slope=(4,), token=(1,), custom=(6, 4))
+ODD |= dict(floor=(4,), shift=(), stopped=(4,), table=(4, 5), unused=(2,))
 
 
 def embedding(params, batch):
@@ -128,10 +130,6 @@ def embedding(params, batch):
     return cross_entropy(jnp.sum(x, axis=1), labels[:, 0])
 
 
-def embedding_params():
-    return {k: jax.random.normal(jax.random.key(5), (25, 5)) for k in ("clipped", "filled")}
-
-
 def left(params, batch):
     """Parameters on the left of products, of one column and of several; a shared axis."""
     x, labels = batch  # [1, 3, 5]
@@ -139,12 +137,6 @@ def left(params, batch):
     x = jnp.einsum("hde,dth->teh", params["heads"], x.reshape(4, 3, 2))
     x = jnp.dot(params["one"], x.reshape(-1))
     return cross_entropy(x[None], labels)
-
-
-def left_params():
-    shapes = dict(several=(8, 5), heads=(2, 4, 4), one=(5, 24))
-    keys = jax.random.split(jax.random.key(5), len(shapes))
-    return {k: jax.random.normal(key, s) for key, (k, s) in zip(keys, shapes.items(), strict=True)}
 
 
 def of_nnx():
@@ -164,10 +156,14 @@ CASES = {
     "mlp": lambda: of_linen(MLP(), images(6)),
     "convolutions": lambda: of_linen(ConvNet(), images(9, 12, 2)),
     "transformer": lambda: of_linen(Transformer(), IDS),
-    "embedding": lambda: (embedding, embedding_params(), (IDS, IDS)),
+    "embedding": lambda: (embedding, drawn(clipped=(25, 5), filled=(25, 5)), (IDS, IDS)),
     "scan": lambda: of_linen(Scanned(), images(6)),
-    "left": lambda: (left, left_params(), (images(3, 5), jnp.arange(N) % 5)),
-    "odd": lambda: (odd, odd_params(), (images(3), jnp.arange(N) % 5)),
+    "left": lambda: (
+        left,
+        drawn(several=(8, 5), heads=(2, 4, 4), one=(5, 24)),
+        (images(3, 5), jnp.arange(N) % 5),
+    ),
+    "odd": lambda: (odd, drawn(**ODD), (images(3), jnp.arange(N) % 5)),
     "nnx": of_nnx,
 }
 
