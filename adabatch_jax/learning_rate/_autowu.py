@@ -47,6 +47,7 @@ def scale_by_autowu(
     ramp_fraction: float = 0.0,
     at_limit: str = "last",
     watch_divergence: bool = False,
+    warmup_over: bool = False,
     seed: int = 0,
     axis_name: AxisName = None,
     flip_sign: bool = True,
@@ -106,6 +107,9 @@ def scale_by_autowu(
         finite or its average rises further above its start than it had fallen below. After the
         warm-up, halve the rate whenever the average gives back a quarter of what the loss had won.
         (Average: decay 0.7; both with a margin of 4 standard deviations of the first 8 losses.)
+      warmup_over: leave the test out of the program, which then compiles in a quarter of the time. For
+        a program that only sees states whose warm-up has ended: state and numbers are the
+        same. One that still runs would go on to W untested.
       seed: of the random subsets; the key is kept in the state.
       axis_name: device axis, or axes, over which to average `value`. Not needed where the loss is
         that of all devices already, as from `value_and_grad_noise`.
@@ -258,7 +262,8 @@ def scale_by_autowu(
         def wait(state: ScaleByAutowuState) -> dict[str, Any]:
             return {name: getattr(state, name) for name in _TESTED}
 
-        state = state._replace(**jax.lax.cond(due, test, wait, state))
+        if not warmup_over:
+            state = state._replace(**jax.lax.cond(due, test, wait, state))
 
         # Without a test that ended it, the warm-up goes on from its last rate at the limit.
         quits = at_end & (state.warmup_end == WarmupEnd.RUNNING)

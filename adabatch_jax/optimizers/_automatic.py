@@ -22,7 +22,15 @@ from adabatch_jax.learning_rate import (
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
-_BATCH_SIZE = dict(smoothing=0.9, debias=True)
+_BATCH_SIZE = dict(smoothing=0.9, debias=True, growth_limit=1.1)
+_ETA = 1.5
+_WARMUP = 0.1  # of the run, at most
+# On the rate at the minimum of the loss, by the kind of the direction.
+_PEAK_FACTOR = 1.5
+_PEAK_FACTOR_PROPORTIONAL = 2.0  # steps as long as the gradient: SGD, momentum
+_PEAK_FACTOR_ACCUMULATED = 4.0  # steps that shrink while squares are gathered: AdaGrad
+_PEAK_FACTOR_RELATIVE = 0.5  # steps that are a part of the parameters: LAMB
+_REPEATS = 16
 
 
 class AutomaticState(NamedTuple):
@@ -102,14 +110,17 @@ def automatic(
     # optax.inject_hyperparams hands a ** parameter on under its own name.
     batch_size_options = {**batch_size_options.pop("batch_size_options", {}), **batch_size_options}
     controller = adapt_batch_size(
-        norm_test(1.0) if criterion is None else criterion,
+        norm_test(_ETA) if criterion is None else criterion,
         initial_batch_size=initial_batch_size,
         max_batch_size=max_batch_size,
         **{**_BATCH_SIZE, **batch_size_options},
     )
-    rule = _rule_for(direction) if scaling is None else scaling
-    scale = scale_by_batch_size(rule, base_batch_size=initial_batch_size)
-    schedule = scale_by_improved_autowu(total_examples=total_examples, **(autowu_options or {}))
+    kind = _kind_of(direction) if scaling is None else _Kind(scaling, _PEAK_FACTOR)
+    scale = scale_by_batch_size(kind.scaling, base_batch_size=initial_batch_size)
+    found = {"max_warmup_fraction": _WARMUP, "peak_factor": kind.peak_factor}
+    schedule = scale_by_improved_autowu(
+        total_examples=total_examples, **{**found, **(autowu_options or {})}
+    )
     direction = optax.with_extra_args_support(direction)
 
     def init(params: PyTree) -> AutomaticState:
@@ -144,18 +155,28 @@ def automatic(
     return return_to_minimum(optax.GradientTransformationExtraArgs(init, update))
 
 
-def _rule_for(direction: optax.GradientTransformation) -> Callable[..., Any]:
-    """Square root or linear, from the direction's answer to a gradient and to its double."""
+class _Kind(NamedTuple):
+    """What the kind of a direction decides, unless it is given."""
 
-    def answer(gradient: float) -> float:
-        with jax.ensure_compile_time_eval():
-            params = jnp.ones((1,), jnp.float32)
-            link = optax.with_extra_args_support(direction)
-            step, _ = link.update(jnp.full_like(params, gradient), link.init(params), params)
-            return float(step[0])
+    scaling: Callable[..., Any]
+    peak_factor: float
+
+
+def _kind_of(direction: optax.GradientTransformation) -> _Kind:
+    """Found by trying it: on a gradient, on its double, on it again and again, on parameters twice as large."""
+
+    def answer(gradient: float, parameter: float = 1.0, steps: int = 1) -> float:
+        link = optax.with_extra_args_support(direction)
+        params = jnp.full((1,), parameter, jnp.float32)
+        state = link.init(params)
+        for _ in range(steps):
+            step, state = link.update(jnp.full_like(params, gradient), state, params)
+        return float(step[0])
 
     try:
-        once, twice = answer(0.5), answer(1.0)
+        with jax.ensure_compile_time_eval():
+            once, twice, late = answer(0.5), answer(1.0), answer(0.5, steps=_REPEATS)
+            larger = answer(0.5, parameter=2.0)
     except Exception as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -167,4 +188,10 @@ def _rule_for(direction: optax.GradientTransformation) -> Callable[..., Any]:
             f"automatic: direction turns a gradient of 0.5 into {once}: give it without sign and "
             "learning rate, optax.scale_by_adam() instead of optax.adam(1e-3)"
         )
-    return linear_scaling() if twice / once > 2**0.5 else sqrt_scaling()
+    if twice / once > 2**0.5:
+        return _Kind(linear_scaling(), _PEAK_FACTOR_PROPORTIONAL)
+    if larger / once > 2**0.5:
+        return _Kind(sqrt_scaling(), _PEAK_FACTOR_RELATIVE)
+    if late / once < 0.5:
+        return _Kind(sqrt_scaling(), _PEAK_FACTOR_ACCUMULATED)
+    return _Kind(sqrt_scaling(), _PEAK_FACTOR)

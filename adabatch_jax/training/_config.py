@@ -56,8 +56,8 @@ class TrainConfig:
     """Find the learning rate, grow the batch and scale the rate with it: nothing else to choose."""
     criterion: str = "norm"
     """Test that grows the batch: norm, coordinate-norm, inner-product, augmented, noise-scale, or none."""
-    eta: float = 1.0
-    """Threshold η of norm and coordinate-norm: smaller asks for larger batches."""
+    eta: float | None = None
+    """Threshold η of norm and coordinate-norm: smaller asks for larger batches (1; with --auto 1.5)."""
     theta: float = 0.9
     """Threshold ϑ of inner-product and augmented."""
     nu: float = 5.84
@@ -68,7 +68,7 @@ class TrainConfig:
     """Decay of the average over tests of numerator and denominator, in [0, 1); use with --debias.
     (--auto: 0.9, de-biased.)"""
     growth_limit: float | None = None
-    """Largest factor by which one test may enlarge the batch."""
+    """Largest factor by which one test may enlarge the batch (no limit; with --auto 1.1)."""
     noise_groups: int = 8
     """Least number of groups per step from which the noise is measured."""
     initial_batch_size: int | None = None
@@ -270,6 +270,7 @@ class TrainConfig:
             return 2 ** round(math.log2(max(number, 1.0)))
 
         values: dict[str, Any] = dict(
+            eta=1.0,
             initial_batch_size=_FIRST_BATCH_SIZE,
             max_batch_size=_LARGEST_BATCH_SIZE,
             scaling="sqrt",
@@ -283,10 +284,12 @@ class TrainConfig:
             first = self.initial_batch_size or first
             largest = min(max(power_of_two(num_examples / 4), first), 8192)
             values = dict(
+                eta=1.5,
                 initial_batch_size=first,
                 max_batch_size=max(largest, first),
                 smoothing=0.9,
                 debias=True,
+                growth_limit=1.1,
             )
         if self.measures_curvature:
             measured = min(self.curvature_examples or 256, num_examples)

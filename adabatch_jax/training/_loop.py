@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 import adabatch_jax as adabatch
 from adabatch_jax.training._chunk import make_chunk, place_of
@@ -143,15 +144,21 @@ class Run:
         params, self.apply = classifier(config.model, dataset, config.seed)
         optimizer = build_optimizer(config, self.budget)
         self.first = RunState(params, optimizer.init(params))
-        step = make_step(
-            self.apply,
-            optimizer,
-            coordinate_wise=config.criterion == "coordinate-norm",
-            inner_products=config.criterion in ("inner-product", "augmented"),
-            curvature=_curvature_batch(config, num_examples),
-            axis_name=devices.axis_name,
-        )
-        step = devices.mapped(step)
+
+        def step_of(optimizer: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+            step = make_step(
+                self.apply,
+                optimizer,
+                coordinate_wise=config.criterion == "coordinate-norm",
+                inner_products=config.criterion in ("inner-product", "augmented"),
+                curvature=_curvature_batch(config, num_examples),
+                axis_name=devices.axis_name,
+            )
+            return devices.mapped(step)
+
+        step = later = step_of(optimizer)
+        if config.auto:  # which holds the batch during the warm-up
+            later = step_of(build_optimizer(config, self.budget, warmup_over=True))
         self._data = dataset.train_inputs, dataset.train_labels
         self._feed = Feed(num_examples, config.seed)
         first, largest = known(config.initial_batch_size), known(config.max_batch_size)
@@ -164,10 +171,11 @@ class Run:
         )
 
         def make(rung: Rung) -> Callable[..., Any]:
-            if config.steps_per_call == 1:
-                return step
             sizes = batch_sizes_of(rung, **ladder)
-            return make_chunk(step, devices, rung, sizes, num_examples, config.steps_per_call)
+            chosen = later if sizes[0] > first else step
+            if config.steps_per_call == 1:
+                return chosen
+            return make_chunk(chosen, devices, rung, sizes, num_examples, config.steps_per_call)
 
         self._step = CompiledSteps(make)
 

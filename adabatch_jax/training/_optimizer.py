@@ -16,8 +16,8 @@ WITHOUT_MOMENTUM = ("adadagrad", "adadagrad-norm", "sgd")
 def build_criterion(config: TrainConfig) -> adabatch.Criterion | None:
     """The criterion that the configuration names; None for a constant batch."""
     makers: dict[str, Callable[[], adabatch.Criterion | None]] = {
-        "norm": lambda: adabatch.norm_test(config.eta),
-        "coordinate-norm": lambda: adabatch.coordinate_norm_test(config.eta),
+        "norm": lambda: adabatch.norm_test(known(config.eta)),
+        "coordinate-norm": lambda: adabatch.coordinate_norm_test(known(config.eta)),
         "inner-product": lambda: adabatch.inner_product_test(config.theta),
         "augmented": lambda: adabatch.augmented_inner_product_test(config.theta, config.nu),
         "noise-scale": adabatch.gradient_noise_scale,
@@ -48,13 +48,14 @@ def known(value: Any) -> Any:
 
 
 def build_optimizer(
-    config: TrainConfig, total_examples: int
+    config: TrainConfig, total_examples: int, *, warmup_over: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """The whole chain. A constant batch is a controller that starts at its maximum.
 
     Args:
       config: the configuration.
       total_examples: the budget of the run, over which the schedule decays.
+      warmup_over: with `auto`: for steps that come after the warm-up, see `scale_by_autowu`.
 
     Returns:
       A `GradientTransformationExtraArgs` whose `update` reads `noise=` and `value=`; where the
@@ -72,6 +73,7 @@ def build_optimizer(
             initial_batch_size=first,
             max_batch_size=largest,
             criterion=build_criterion(config),
+            autowu_options={"warmup_over": warmup_over},
             smoothing=config.smoothing,
             debias=config.debias,
             growth_limit=config.growth_limit,

@@ -281,6 +281,23 @@ def test_the_test_runs_when_it_is_due_and_at_most_once_per_optimizer_step(monkey
     assert int(inner.warmup_end) == WarmupEnd.AT_LIMIT
 
 
+def test_after_the_warm_up_a_program_without_the_test_goes_on_with_the_same_numbers():
+    options = dict(steps_per_test=2, smoother="quasisep", watch_divergence=True)
+    losses = np.concatenate([BOWL[:40], np.full(T - 40, 9.0)]).astype(np.float32)
+    link, later = schedule(**options), schedule(**options, warmup_over=True)
+    _, states = run(link, losses)
+    assert int(states.warmup_end[30]) == WarmupEnd.MINIMUM_PASSED
+    assert int(states.setbacks[-1]) > int(states.setbacks[30])
+    after = jax.tree.map(lambda leaf: leaf[30], states)
+    _, went_on = program(later)(after, {"value": jnp.asarray(losses[31:])})
+    chex.assert_trees_all_close(went_on, jax.tree.map(lambda leaf: leaf[31:], states), rtol=1e-6)
+
+    def size(link):
+        return len(jax.jit(link.update).lower({}, after, value=0.0).as_text())
+
+    assert size(later) < size(link) / 4
+
+
 def test_a_factorisation_that_fails_is_a_no_and_is_counted(monkeypatch):
     def failing():
         plain = _autowu.rbf_smoother()

@@ -10,7 +10,7 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import AutowuPhase, WarmupEnd
-from adabatch_jax.optimizers._automatic import _rule_for
+from adabatch_jax.optimizers._automatic import _kind_of
 
 MICRO, FIRST, LARGEST, TOTAL = 4, 32, 512, 40_000
 RNG = np.random.default_rng(0)
@@ -117,27 +117,34 @@ def test_the_drop_in_finds_about_the_same(run):
 
 
 DIRECTIONS = {
-    "adam": (optax.scale_by_adam(), "sqrt"),
-    "adamp": (adabatch.scale_by_adamp(), "sqrt"),
-    "lion": (optax.scale_by_lion(), "sqrt"),
-    "adagrad": (optax.scale_by_rss(0.0), "sqrt"),
-    "adagrad norm": (adabatch.scale_by_adagrad_norm(), "sqrt"),
-    "lamb": (optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio()), "sqrt"),
+    "adam": (optax.scale_by_adam(), "sqrt", 1.5),
+    "adamp": (adabatch.scale_by_adamp(), "sqrt", 1.5),
+    "lion": (optax.scale_by_lion(), "sqrt", 1.5),
+    "adagrad": (optax.scale_by_rss(0.0), "sqrt", 4.0),
+    "adagrad norm": (adabatch.scale_by_adagrad_norm(), "sqrt", 4.0),
+    "lamb": (optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio()), "sqrt", 0.5),
     "adam with decay": (
         optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1e-4)),
         "sqrt",
+        1.5,
     ),
-    "sgd": (optax.identity(), "linear"),
-    "momentum": (optax.trace(0.9), "linear"),
-    "clipped sgd": (optax.chain(optax.clip_by_global_norm(10.0), optax.trace(0.9)), "linear"),
+    "sgd": (optax.identity(), "linear", 2.0),
+    "momentum": (optax.trace(0.9), "linear", 2.0),
+    "clipped sgd": (
+        optax.chain(optax.clip_by_global_norm(10.0), optax.trace(0.9)),
+        "linear",
+        2.0,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
-def test_the_rule_suits_the_kind_of_direction(name):
-    direction, kind = DIRECTIONS[name]
-    factor = float(_rule_for(direction)(jnp.float32(64.0), jnp.float32(16.0)))
-    assert factor == {"sqrt": 2.0, "linear": 4.0}[kind]
+def test_rule_and_peak_suit_the_kind_of_direction(name):
+    direction, rule, peak_factor = DIRECTIONS[name]
+    kind = _kind_of(direction)
+    factor = float(kind.scaling(jnp.float32(64.0), jnp.float32(16.0)))
+    assert factor == {"sqrt": 2.0, "linear": 4.0}[rule]
+    assert kind.peak_factor == peak_factor
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_every_choice_builds():
     for name in DIRECTIONS:
         build_direction(name).init(params)
     for criterion in CRITERIA:
-        built = build_criterion(TrainConfig(criterion=criterion))
+        built = build_criterion(TrainConfig(criterion=criterion).resolved(20_000))
         assert (built is None) == (criterion == "none")
     for scaling in SCALINGS:
         for schedule in SCHEDULES:
