@@ -43,6 +43,7 @@ def scale_by_autowu(
     hold_factor: Any = 1.0,
     max_losses: int = 4096,
     smoother: str = "rbf",
+    peak_at: str = "minimum",
     peak_factor: Any = 1.0,
     ramp_fraction: float = 0.0,
     at_limit: str = "last",
@@ -97,8 +98,11 @@ def scale_by_autowu(
         in pairs. The steps clock keeps every loss of the warm-up.
       smoother: "rbf", the paper's (random subsets of the losses), or "quasisep" (all of them; see
         the guide of `adabatch_jax.learning_rate`).
-      peak_factor: > 0; on the rate at the minimum when the warm-up turns back to it, up to the last
-        rate of the warm-up.
+      peak_at: the rate to turn back to: that of the "minimum", or the "earliest" whose smoothed loss is
+        no more than a posterior standard deviation above the minimum. In a flat valley the lowest
+        point is a matter of chance, and lies late; its brink does not.
+      peak_factor: > 0; on that rate when the warm-up turns back to it, up to the last rate of the
+        warm-up.
       ramp_fraction: ≥ 0; after the warm-up the rate rises linearly from a third of the peak to all of
         it, over this fraction of the time that the warm-up took; 0: it starts from the peak.
       at_limit: what to do at W without a switch: keep the "last" rate, or go back to the rate at the
@@ -149,6 +153,7 @@ def scale_by_autowu(
         decay=decay,
         cooldown_fraction=cooldown_fraction,
         hold_factor=hold_factor,
+        peak_at=peak_at,
         peak_factor=peak_factor,
         ramp_fraction=ramp_fraction,
         at_limit=at_limit,
@@ -327,8 +332,9 @@ def _test(
     votes = jnp.sum(ok & (draws.probability > plan.confidence), dtype=jnp.int32)
     streak = jnp.where(2 * votes > ok.shape[0], state.yes_in_a_row + 1, 0).astype(jnp.int32)
     past = streak >= plan.patience
-    rate, location = state.autowu_learning_rate, jnp.maximum(draws.location - delay, 0.0)
-    peak = mean(plan.between(rate, location))
+    rate = state.autowu_learning_rate
+    place = draws.location if plan.peak_at == "minimum" else draws.earliest
+    peak = mean(plan.between(rate, jnp.maximum(place - delay, 0.0)))
     if isinstance(state.loss_level, LossLevel):  # where the average was lowest, if no draw knows
         lowest = plan.between(rate, state.loss_level.lowest_position / span)
         peak = jnp.where(good > 0, peak, lowest)

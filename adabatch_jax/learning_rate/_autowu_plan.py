@@ -13,6 +13,7 @@ WARMUPS = ("exponential", "linear")
 UNITS = ("step", "epoch")
 DECAYS = ("cosine", "half_cosine")
 AT_LIMIT = ("last", "minimum")
+PEAK_AT = ("minimum", "earliest")
 _RAMP_START = 1.0 / 3.0  # of the peak, where a ramp begins
 _NAME = "scale_by_autowu"
 
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
     decay: str
     cooldown_fraction: float | None
     hold_factor: Any
+    peak_at: str
     peak_factor: Any
     ramp_fraction: float
     at_limit: str
@@ -77,6 +79,7 @@ class Plan(NamedTuple):
         _validate.one_of(_NAME, UNITS, warmup_unit=self.warmup_unit)
         _validate.one_of(_NAME, DECAYS, decay=self.decay)
         _validate.one_of(_NAME, AT_LIMIT, at_limit=self.at_limit)
+        _validate.one_of(_NAME, PEAK_AT, peak_at=self.peak_at)
         if self.max_warmup_fraction > 0 and self.limit <= self.interval:
             unit = "steps" if self.by_steps else "examples"
             raise ValueError(

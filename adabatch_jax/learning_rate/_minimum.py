@@ -29,6 +29,7 @@ class Draws(NamedTuple):
 
     probability: jax.Array  # float32 [draws]: that the minimum is past
     location: jax.Array  # float32 [draws]: of the minimum, in [0, 1]
+    earliest: jax.Array  # float32 [draws]: first point as low, to one standard deviation
 
 
 class Smoother(NamedTuple):
@@ -71,12 +72,18 @@ def probability_past_minimum(posterior: Posterior) -> jax.Array:
 
 
 def draw(grid: jax.Array, posterior: Posterior) -> Draws:
-    """Probability and location from one posterior."""
-    location = grid[jnp.argmin(posterior.mean)]
+    """Probability and locations from one posterior."""
+    lowest = jnp.argmin(posterior.mean)
+    as_low = posterior.mean[lowest] + jnp.sqrt(posterior.variance[lowest])
     failed = ~jnp.isfinite(posterior.mean).all()
+
+    def location(index: jax.Array) -> jax.Array:
+        return jnp.where(failed, jnp.nan, grid[index]).astype(jnp.float32)
+
     return Draws(
         probability=probability_past_minimum(posterior),
-        location=jnp.where(failed, jnp.nan, location).astype(jnp.float32),
+        location=location(lowest),
+        earliest=location(jnp.argmax(posterior.mean <= as_low)),
     )
 
 

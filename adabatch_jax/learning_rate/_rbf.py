@@ -96,7 +96,7 @@ def _test(
         result = jax.lax.cond(differs, fresh, lambda: last)
         return result, result
 
-    none = Draws(*(jnp.asarray(np.float32(x)) for x in (-1.0, 0.0)))
+    none = Draws(*(jnp.asarray(np.float32(x)) for x in (-1.0, 0.0, 0.0)))
     return state, jax.lax.scan(one, none, jnp.stack(draw_keys))[1]
 
 

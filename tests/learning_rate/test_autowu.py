@@ -132,6 +132,19 @@ def test_the_peak_may_lie_above_or_below_the_rate_at_the_minimum():
     np.testing.assert_allclose(peaks[3], rise(30)[end - 1], rtol=1e-5)
 
 
+def test_the_peak_is_at_the_minimum_or_at_the_earliest_rate_as_good(monkeypatch):
+    def known():
+        seen = Draws(jnp.ones(1), location=jnp.full(1, 0.8), earliest=jnp.full(1, 0.5))
+        return _autowu.rbf_smoother()._replace(test=lambda state, *_: (state, seen))
+
+    monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", known)
+    for peak_at, place in [("minimum", 0.8), ("earliest", 0.5)]:
+        _, states = run(schedule.__wrapped__(patience=1, peak_at=peak_at), BOWL)
+        last = float(states.autowu_learning_rate[4])  # of the first five steps, then comes the test
+        expected = 1e-5 * (last / 1e-5) ** place
+        np.testing.assert_allclose(states.peak_learning_rate[-1], expected, rtol=1e-4)
+
+
 def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
     """A plateau of 32 noisy losses, a fall, a rise: 24 runs, at most one of which may end early."""
     w = 70
@@ -304,7 +317,7 @@ def test_a_factorisation_that_fails_is_a_no_and_is_counted(monkeypatch):
 
         def test(state, *_):
             two_of_five = jnp.array([1.0, 1.0, jnp.nan, jnp.nan, jnp.nan])
-            return state, Draws(two_of_five, two_of_five)
+            return state, Draws(two_of_five, two_of_five, two_of_five)
 
         return plain._replace(test=test)
 
@@ -364,6 +377,7 @@ EXAMPLES = {"total_examples": 100, "examples_per_test": 10}
         (STEPS | {"warmup_unit": "day"}, "warmup_unit must be one of .*, got 'day'"),
         (STEPS | {"decay": "linear"}, "decay must be one of .*, got 'linear'"),
         (STEPS | {"smoother": "mean"}, "smoother must be one of .*, got 'mean'"),
+        (STEPS | {"peak_at": "end"}, "peak_at must be one of .*, got 'end'"),
         (STEPS | {"at_limit": "stop"}, "at_limit must be one of .*, got 'stop'"),
     ],
 )

@@ -113,6 +113,8 @@ def test_what_is_found_is_not_filled_in():
     automatic = TrainConfig(auto=True).resolved(1437)
     assert (automatic.learning_rate, automatic.schedule, automatic.scaling) == (None, None, None)
     assert (automatic.initial_batch_size, automatic.max_batch_size) == (16, 256)
+    assert (automatic.eta, automatic.growth_limit) == (1.5, 1.1)
+    assert (TrainConfig().resolved(1437).eta, TrainConfig(auto=True, eta=3.0).eta) == (1.0, 3.0)
 
 
 @pytest.mark.parametrize("options", [LANCZOS, {"scaling": "random-matrix"}])

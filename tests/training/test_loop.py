@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from adabatch_jax import AutowuPhase, BatchSizeStatus, WarmupEnd, random_matrix_scaling
+from adabatch_jax.learning_rate import _autowu
 from adabatch_jax.training import (
     TrainConfig,
     TrainingError,
@@ -118,11 +119,19 @@ def test_an_automatic_run_finds_its_rate_and_then_grows_its_batch(automatic):
     rising = columns["phase"] == AutowuPhase.WARMUP
     assert (columns["batch_size"][rising] == 16).all()
     assert result.summary["final_batch_size"] == 64  # the largest allowed
-    assert columns["examples"][rising][-1] == warmup["examples"] <= 0.2 * 12 * 1437
+    assert columns["examples"][rising][-1] == warmup["examples"] <= 0.1 * 12 * 1437
     assert warmup["ended"] in ("MINIMUM_PASSED", "DIVERGED")
     assert 1e-3 < warmup["peak_learning_rate"] < 0.2
     first, last = columns["learning_rate"][[0, -1]]
     assert first == np.float32(1e-5) and last < 1e-3
+
+
+def test_only_the_program_of_the_first_batch_holds_the_gaussian_process(digits, monkeypatch):
+    traced, plain = [], _autowu._test
+    monkeypatch.setattr(_autowu, "_test", lambda *given: traced.append(1) or plain(*given))
+    config = TrainConfig(auto=True, model="logistic", epochs=2, max_batch_size=64)
+    assert run_steps(config, digits, lambda row: None).compilations > 1
+    assert len(traced) == 1
 
 
 def test_its_picture_and_summary_are_written(automatic):

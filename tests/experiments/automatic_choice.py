@@ -1,0 +1,149 @@
+"""How the defaults of `--auto` were chosen: one at a time, on images held out of Fashion-MNIST's training data.
+
+    python tests/experiments/automatic_choice.py            # an hour and a half on one CPU core
+    python tests/experiments/automatic_choice.py --full     # three seeds instead of two, and 20 epochs
+
+The command's MLP, 5 epochs of 50,000 images, the other 10,000 to choose on; first batch 64 and 256; Adam,
+momentum, AdaGrad and LAMB. Beside them the best constant batches, at rates from
+`automatic_verdict.py`'s kind of grid. No test image is seen.
+
+Every run is kept in runs/automatic-choice/runs.json: an interrupted command goes on where it stopped.
+Printed, and saved beside it: table.md and table.csv.
+
+Expected: @EXPECTED@
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+from automatic_verdict_runs import Task, constant, keep_compiled, run
+from common import run_all, save_table
+
+from adabatch_jax.optimizers import _automatic
+
+TASK = Task("fashion-mlp", "fashion-mnist", "mlp", 5, ("adam", "momentum", "adadagrad", "lamb"))
+FIRST = (64, 256)
+CONSTANT = {  # size and rate; of each size the best in factors of two
+    "adam": ((64, 0.002), (256, 0.004)),
+    "momentum": ((64, 0.04), (256, 0.08)),
+    "adadagrad": ((64, 0.02), (256, 0.02)),
+    "lamb": ((64, 0.004), (256, 0.016)),
+}
+
+
+class Way(NamedTuple):
+    """Defaults of `--auto`; `factor` multiplies the peak factor of the kind of direction."""
+
+    eta: float = 1.5
+    growth_limit: float = 1.1
+    warmup: float = 0.1
+    factor: float = 1.0
+
+
+WAYS = {
+    "chosen": Way(),
+    "η = 1": Way(eta=1.0),
+    "η = 2": Way(eta=2.0),
+    "no limit of growth": Way(growth_limit=1e6),
+    "warm-up up to 0.2": Way(warmup=0.2),
+    "peak × ½": Way(factor=0.5),
+    "peak × 2": Way(factor=2.0),
+}
+
+
+def automatic_run(task: Task, optimizer: str, first: int, way: Way, seed: int) -> dict[str, Any]:
+    """One run with other defaults than the package's."""
+    names = [name for name in vars(_automatic) if name.startswith("_PEAK_FACTOR")]
+    numbers = {name: way.factor * getattr(_automatic, name) for name in names}
+    with mock.patch.multiple(_automatic, _WARMUP=way.warmup, **numbers):
+        return run(
+            task,
+            False,
+            seed,
+            optimizer=optimizer,
+            auto=True,
+            initial_batch_size=first,
+            eta=way.eta,
+            growth_limit=way.growth_limit,
+        )
+
+
+def wanted_runs(
+    task: Task, seeds: tuple[int, ...], done: dict[str, Any]
+) -> list[tuple[str, Any]]:
+    del done
+    runs = []
+    for optimizer in task.optimizers:
+        for seed in seeds:
+            for size, rate in CONSTANT[optimizer]:
+                made = functools.partial(
+                    run, task, False, seed, optimizer=optimizer, **constant(size, rate)
+                )
+                runs.append((key(task, optimizer, f"constant {size} at {rate:g}", seed), made))
+    for optimizer in task.optimizers:
+        for name, way in WAYS.items():
+            for first in FIRST:
+                for seed in seeds:
+                    made = functools.partial(automatic_run, task, optimizer, first, way, seed)
+                    runs.append((key(task, optimizer, f"from {first} {name}", seed), made))
+    return runs
+
+
+def key(task: Task, optimizer: str, what: str, seed: int) -> str:
+    return f"{task} {optimizer} {what.split()[0]} | {what} | seed {seed}"
+
+
+def rows_of(task: Task, seeds: tuple[int, ...], done: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for every optimizer and way of which all runs are there."""
+    rows = []
+    for optimizer in task.optimizers:
+        whats = [f"constant {size} at {rate:g}" for size, rate in CONSTANT[optimizer]]
+        whats += [f"from {first} {name}" for first in FIRST for name in WAYS]
+        for what in whats:
+            results = [done.get(key(task, optimizer, what, seed)) for seed in seeds]
+            if None in results:
+                continue
+            scores = [r["score"] or 0.0 for r in results]
+            row: dict[str, Any] = {"optimizer": optimizer, "way": what, "seeds": len(seeds)}
+            row |= {"score": float(np.mean(scores)), "lowest": min(scores)}
+            row["steps"] = float(np.mean([r["steps"] for r in results]))
+            row["largest_batch"] = max(r["largest_batch"] for r in results)
+            peaks = [r["peak"] for r in results if "peak" in r]
+            row["lowest_peak"], row["highest_peak"] = (min(peaks), max(peaks)) if peaks else ("", "")
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--full", action="store_true", help="three seeds, 20 epochs")
+    parser.add_argument("--optimizers", nargs="+", choices=TASK.optimizers, help="all")
+    parser.add_argument("--csv", type=Path, help="write the table here as well")
+    parser.add_argument("--out", type=Path, default=Path("runs/automatic-choice"))
+    options = parser.parse_args()
+    task = dataclasses.replace(TASK, epochs=20) if options.full else TASK
+    task = dataclasses.replace(task, optimizers=tuple(options.optimizers or task.optimizers))
+    seeds = (0, 1, 2) if options.full else (0, 1)
+    keep_compiled()
+    options.out.mkdir(parents=True, exist_ok=True)
+    done = run_all(options.out / "runs.json", functools.partial(wanted_runs, task, seeds))
+    rows = rows_of(task, seeds, done)
+    lines = ["| optimizer | way | accuracy (lowest) | steps | largest batch |", "|---" * 5 + "|"]
+    for row in rows:
+        cells = [row["optimizer"], row["way"], f"{row['score']:.4f} ({row['lowest']:.4f})"]
+        cells += [f"{row['steps']:.0f}", f"{row['largest_batch']}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    table = "\n".join(lines)
+    save_table(rows, table, options.out, options.csv)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
