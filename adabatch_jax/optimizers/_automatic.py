@@ -25,9 +25,9 @@ PyTree = Any
 _BATCH_SIZE = dict(smoothing=0.9, debias=True, growth_limit=1.1)
 _ETA = 1.5
 _WARMUP = 0.1  # of the run, at most
-# On the earliest rate whose loss is as low as the lowest, by the kind of the direction.
-_PEAK_FACTOR = 3.0
-_PEAK_FACTOR_ACCUMULATED = 6.0  # steps that shrink while squares are gathered: AdaGrad
+_PEAK_AT = "earliest"
+_PEAK_FACTOR = 4.0  # or, by the kind of the direction:
+_PEAK_FACTOR_ACCUMULATED = 8.0  # steps that shrink while squares are gathered: AdaGrad
 _PEAK_FACTOR_RELATIVE = 1.0  # steps that are a part of the parameters: LAMB
 _REPEATS = 16
 
@@ -57,8 +57,8 @@ def automatic(
     1. `scale_by_improved_autowu` warms up until the loss has passed its minimum, over a tenth of the
        run at most. The batch is held meanwhile: two things that move at once would hide each other.
     2. `return_to_minimum` goes back to the parameters of the minimum, and the rate to the earliest
-       whose loss was as low to one standard deviation, times a factor: 1 if the direction is as long
-       as the parameters (LAMB), 6 if it shrinks while it gathers squares (AdaGrad), else 3.
+       whose loss was as low to two standard deviations, times a factor: 1 if the direction is as
+       long as the parameters (LAMB), 8 if it shrinks while it gathers squares (AdaGrad), else 4.
     3. `adapt_batch_size` grows the batch by the noise of the gradient, de-biased and smoothed, by a
        tenth per step at most, and `scale_by_batch_size` lets the rate follow, from the batch with
        which it was found.
@@ -84,7 +84,7 @@ def automatic(
         insensitive to the gradient's length (Adam, AdaGrad, LAMB), `linear_scaling()` if it is
         proportional to it (SGD, momentum). If it is given, the direction is not tried.
       autowu_options: passed to `scale_by_improved_autowu`; max_warmup_fraction=0.1,
-        peak_at="earliest" and the factor above as peak_factor (3 with `scaling`) by default.
+        peak_at="earliest" and the factor above as peak_factor (4 with `scaling`) by default.
       **batch_size_options: passed to `adapt_batch_size`; smoothing=0.9, debias=True and
         growth_limit=1.1 by default.
 
@@ -124,7 +124,7 @@ def automatic(
     )
     kind = _kind_of(direction) if scaling is None else _Kind(scaling, _PEAK_FACTOR)
     scale = scale_by_batch_size(kind.scaling, base_batch_size=initial_batch_size)
-    found = dict(max_warmup_fraction=_WARMUP, peak_at="earliest", peak_factor=kind.peak_factor)
+    found = dict(max_warmup_fraction=_WARMUP, peak_at=_PEAK_AT, peak_factor=kind.peak_factor)
     schedule = scale_by_improved_autowu(
         total_examples=total_examples, **{**found, **(autowu_options or {})}
     )
@@ -170,7 +170,7 @@ class _Kind(NamedTuple):
 
 
 def _kind_of(direction: optax.GradientTransformation) -> _Kind:
-    """Found by trying it: on a gradient, on its double, on it again and again, on parameters twice as large."""
+    """Found by trying it: on a gradient, its double, the same once more and more, on larger parameters."""
 
     def answer(gradient: float, parameter: float = 1.0, steps: int = 1) -> float:
         link = optax.with_extra_args_support(direction)

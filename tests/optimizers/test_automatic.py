@@ -117,23 +117,23 @@ def test_the_drop_in_finds_about_the_same(run):
 
 
 DIRECTIONS = {
-    "adam": (optax.scale_by_adam(), "sqrt", 3.0),
-    "adamp": (adabatch.scale_by_adamp(), "sqrt", 3.0),
-    "lion": (optax.scale_by_lion(), "sqrt", 3.0),
-    "adagrad": (optax.scale_by_rss(0.0), "sqrt", 6.0),
-    "adagrad norm": (adabatch.scale_by_adagrad_norm(), "sqrt", 6.0),
+    "adam": (optax.scale_by_adam(), "sqrt", 4.0),
+    "adamp": (adabatch.scale_by_adamp(), "sqrt", 4.0),
+    "lion": (optax.scale_by_lion(), "sqrt", 4.0),
+    "adagrad": (optax.scale_by_rss(0.0), "sqrt", 8.0),
+    "adagrad norm": (adabatch.scale_by_adagrad_norm(), "sqrt", 8.0),
     "lamb": (optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio()), "sqrt", 1.0),
     "adam with decay": (
         optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1e-4)),
         "sqrt",
-        3.0,
+        4.0,
     ),
-    "sgd": (optax.identity(), "linear", 3.0),
-    "momentum": (optax.trace(0.9), "linear", 3.0),
+    "sgd": (optax.identity(), "linear", 4.0),
+    "momentum": (optax.trace(0.9), "linear", 4.0),
     "clipped sgd": (
         optax.chain(optax.clip_by_global_norm(10.0), optax.trace(0.9)),
         "linear",
-        3.0,
+        4.0,
     ),
 }
 
