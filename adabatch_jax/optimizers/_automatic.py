@@ -29,7 +29,7 @@ _PEAK_AT = "earliest"
 _PEAK_FACTOR = 4.0  # or, by the kind of the direction:
 _PEAK_FACTOR_ACCUMULATED = 8.0  # steps that shrink while squares are gathered: AdaGrad
 _PEAK_FACTOR_RELATIVE = 1.0  # steps that are a part of the parameters: LAMB
-_REPEATS = 16
+_LATE = 256  # steps after which it is looked at whether a direction still shrinks
 
 
 class AutomaticState(NamedTuple):
@@ -170,20 +170,22 @@ class _Kind(NamedTuple):
 
 
 def _kind_of(direction: optax.GradientTransformation) -> _Kind:
-    """Found by trying it: on a gradient, its double, the same once more and more, on larger parameters."""
+    """Found by trying it: on a gradient, its double, the same again and again, on larger parameters."""
+    link = optax.with_extra_args_support(direction)
 
-    def answer(gradient: float, parameter: float = 1.0, steps: int = 1) -> float:
-        link = optax.with_extra_args_support(direction)
+    def answers(gradient: float, parameter: float = 1.0, steps: int = 1) -> list[float]:
         params = jnp.full((1,), parameter, jnp.float32)
-        state = link.init(params)
-        for _ in range(steps):
-            step, state = link.update(jnp.full_like(params, gradient), state, params)
-        return float(step[0])
+
+        def step(state: PyTree, _: None) -> tuple[PyTree, jax.Array]:
+            update, state = link.update(jnp.full_like(params, gradient), state, params)
+            return state, update[0]
+
+        return jax.lax.scan(step, link.init(params), length=steps)[1].tolist()
 
     try:
         with jax.ensure_compile_time_eval():
-            once, twice, late = answer(0.5), answer(1.0), answer(0.5, steps=_REPEATS)
-            larger = answer(0.5, parameter=2.0)
+            once, *later = answers(0.5, steps=_LATE)
+            (twice,), (larger,) = answers(1.0), answers(0.5, parameter=2.0)
     except Exception as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -195,10 +197,11 @@ def _kind_of(direction: optax.GradientTransformation) -> _Kind:
             f"automatic: direction turns a gradient of 0.5 into {once}: give it without sign and "
             "learning rate, optax.scale_by_adam() instead of optax.adam(1e-3)"
         )
-    if twice / once > 2**0.5:
+    if twice > 2**0.5 * once:
         return _Kind(linear_scaling(), _PEAK_FACTOR)
-    if larger / once > 2**0.5:
+    if larger > 2**0.5 * once:
         return _Kind(sqrt_scaling(), _PEAK_FACTOR_RELATIVE)
-    if late / once < 0.5:
+    # By a half in four times as many steps; averages of squares have settled by then.
+    if later[-1] < 0.6 * later[_LATE // 4 - 2]:
         return _Kind(sqrt_scaling(), _PEAK_FACTOR_ACCUMULATED)
     return _Kind(sqrt_scaling(), _PEAK_FACTOR)
