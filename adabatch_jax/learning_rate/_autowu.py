@@ -112,8 +112,8 @@ def scale_by_autowu(
         warm-up, halve the rate whenever the average gives back a quarter of what the loss had won.
         (Average: decay 0.7; both with a margin of 4 standard deviations of the first 8 losses.)
       warmup_over: leave the test out of the program, which then compiles in a quarter of the time. For
-        a program that only sees states whose warm-up has ended: state and numbers are the
-        same. One that still runs would go on to W untested.
+        a program that only sees states whose warm-up has ended: state and numbers are the same. A
+        warm-up that still runs would go on to W untested.
       seed: of the random subsets; the key is kept in the state.
       axis_name: device axis, or axes, over which to average `value`. Not needed where the loss is
         that of all devices already, as from `value_and_grad_noise`.

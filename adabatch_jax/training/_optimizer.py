@@ -14,7 +14,7 @@ WITHOUT_MOMENTUM = ("adadagrad", "adadagrad-norm", "sgd")
 
 
 def build_criterion(config: TrainConfig) -> adabatch.Criterion | None:
-    """The criterion that the configuration names; None for a constant batch."""
+    """The criterion that a resolved configuration names; None for a constant batch."""
     makers: dict[str, Callable[[], adabatch.Criterion | None]] = {
         "norm": lambda: adabatch.norm_test(known(config.eta)),
         "coordinate-norm": lambda: adabatch.coordinate_norm_test(known(config.eta)),
