@@ -22,8 +22,8 @@ from adabatch_jax.learning_rate import (
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
-_BATCH_SIZE = dict(smoothing=0.9, debias=True, growth_limit=1.1)
-_ETA = 1.5
+ETA = 1.5  # of the norm test
+BATCH_SIZE_OPTIONS = dict(smoothing=0.9, debias=True, growth_limit=1.1)
 _WARMUP = 0.1  # of the run, at most
 _PEAK_AT = "earliest"
 _PEAK_FACTOR = 4.0  # or, by the kind of the direction:
@@ -117,10 +117,10 @@ def automatic(
     # optax.inject_hyperparams hands a ** parameter on under its own name.
     batch_size_options = {**batch_size_options.pop("batch_size_options", {}), **batch_size_options}
     controller = adapt_batch_size(
-        norm_test(_ETA) if criterion is None else criterion,
+        norm_test(ETA) if criterion is None else criterion,
         initial_batch_size=initial_batch_size,
         max_batch_size=max_batch_size,
-        **{**_BATCH_SIZE, **batch_size_options},
+        **{**BATCH_SIZE_OPTIONS, **batch_size_options},
     )
     kind = _kind_of(direction) if scaling is None else _Kind(scaling, _PEAK_FACTOR)
     scale = scale_by_batch_size(kind.scaling, base_batch_size=initial_batch_size)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adabatch_jax import _validate
+from adabatch_jax.optimizers._automatic import BATCH_SIZE_OPTIONS, ETA
 
 IMAGES = ("digits", "mnist", "fashion-mnist")
 DATASETS = (*IMAGES, "text")
@@ -284,12 +285,10 @@ class TrainConfig:
             first = self.initial_batch_size or first
             largest = min(max(power_of_two(num_examples / 4), first), 8192)
             values = dict(
-                eta=1.5,
+                eta=ETA,
                 initial_batch_size=first,
                 max_batch_size=max(largest, first),
-                smoothing=0.9,
-                debias=True,
-                growth_limit=1.1,
+                **BATCH_SIZE_OPTIONS,
             )
         if self.measures_curvature:
             measured = min(self.curvature_examples or 256, num_examples)
