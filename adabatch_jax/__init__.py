@@ -76,7 +76,6 @@ from adabatch_jax.learning_rate import (
 from adabatch_jax.noise import (
     GradientNoise,
     Recommendation,
-    explain_noise,
     merge_noise,
     recommend_estimator,
     split_groups,
@@ -128,7 +127,6 @@ __all__ = [
     "cabs",
     "coordinate_norm_test",
     "effective_batch_size",
-    "explain_noise",
     "fit_hessian_noise",
     "follow_batch_size",
     "full_gauss_newton_extremes",

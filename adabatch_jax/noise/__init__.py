@@ -6,7 +6,6 @@ examples, micro-batches that accumulation makes anyway, devices. `merge_noise` j
 
 * `value_and_grad_noise` takes the gradient of a loss over groups and measures the noise on the way.
 * `split_groups` cuts a batch into groups.
-* `explain_noise` tells how exact statistics of single examples come about, parameter by parameter.
 * `value_and_grad_signs` is for batches that cannot be cut: random signs, one backward pass more.
 * `recommend_estimator` compares them by cost and by standard error.
 
@@ -60,12 +59,10 @@ from adabatch_jax.noise._gradient_noise import GradientNoise, merge_noise
 from adabatch_jax.noise._groups import split_groups
 from adabatch_jax.noise._recommend import Recommendation, recommend_estimator
 from adabatch_jax.noise._signs import value_and_grad_signs
-from adabatch_jax.noise.structured._explain import explain_noise
 
 __all__ = [
     "GradientNoise",
     "Recommendation",
-    "explain_noise",
     "merge_noise",
     "recommend_estimator",
     "split_groups",

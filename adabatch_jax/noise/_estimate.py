@@ -13,7 +13,7 @@ from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, to_varying, varying_axes
 from adabatch_jax._tree import cast_like
 from adabatch_jax.noise._gradient_noise import GradientNoise, unless_measured
-from adabatch_jax.noise._groups import check_single_examples, group_sizes, leading_shape
+from adabatch_jax.noise._groups import group_sizes, leading_shape
 from adabatch_jax.noise._tally import (
     Tally,
     accumulate,
@@ -26,7 +26,6 @@ from adabatch_jax.noise._tally import (
     split_aux,
     sum_leading,
 )
-from adabatch_jax.noise.structured._batch import batch_tally
 
 PyTree = Any
 
@@ -36,11 +35,10 @@ def value_and_grad_noise(
     *,
     has_aux: bool = False,
     axis_name: AxisName = None,
-    vectorize: int | None = None,
+    vectorize: int = 1,
     coordinate_wise: bool = False,
     inner_products: bool = False,
     lanes: bool = False,
-    per_example: str | None = None,
 ) -> Callable[..., tuple[Any, GradientNoise]]:
     """Like `jax.value_and_grad`, over groups of examples, with the noise of the gradient beside it.
 
@@ -69,18 +67,12 @@ def value_and_grad_noise(
         examples, integer and boolean leaves as sums.
       axis_name: name, or names, of the device axis under `pmap` or `shard_map`. Value, gradient
         and noise come back merged over all devices: do not average them again.
-      vectorize: groups computed at once under `vmap`; one by default. More memory, fewer and larger
-        operations, which is not always faster: on a CPU sixteen single examples at once take 18 times as
-        long as one by one on a wide MLP, 4 times on a CNN, as long on a transformer
-        (tests/benchmarks/noise_peers.py).
+      vectorize: groups computed at once under `vmap`. More memory, fewer and larger operations, which is
+        not always faster: on a CPU sixteen single examples at once take 18 times as long as one by one on
+        a wide MLP, 4 times on a CNN, as long on a transformer (tests/benchmarks/noise_peers.py).
       coordinate_wise: also keep `coordinate_scatter` (one more float32 copy of the parameters).
       inner_products: also compute `inner_product_scatter` (one forward-mode pass more; a loss with a
         `custom_vjp` has no forward mode and cannot be used).
-      per_example: "structured" for groups of one example each: their exact statistics at little more than
-        the price of a plain step on the whole batch. All examples go forward and back together, as in a
-        batch of a plain step (or `vectorize` of them), and what each contributes is read off the inputs and
-        signals of every layer. Any loss will do: `explain_noise` tells how each parameter is treated, and
-        which take a slower way. Not together with `lanes`; under sharded `jit` shard axis 0 of the groups.
       lanes: the groups carry two leading axes [num_loops, num_lanes]; the lanes run side by side
         under `vmap`, each with a mean and scatter of its own, merged once at the end. Under sharded
         `jit`, shard axis 1: no group leaves its device.
@@ -103,10 +95,8 @@ def value_and_grad_noise(
         examples; statistics are float32. With no examples at all the value is NaN, the gradient 0.
 
     Raises:
-      ValueError: `vectorize < 1`, or more than 1 with `lanes`; another `per_example`, or with `lanes`, or
-        with groups of more than one example or parameters that are no real floats; leaves of `groups`
-        that disagree on their leading axes or, without `sizes`, on the examples per group; `sizes` of
-        another shape;
+      ValueError: `vectorize < 1`, or together with `lanes`; leaves of `groups` that disagree on
+        their leading axes or, without `sizes`, on the examples per group; `sizes` of another shape;
         with shard_map's varying check on, groups that are the same on all devices.
 
     Example:
@@ -124,23 +114,41 @@ def value_and_grad_noise(
       >>> _, half = fn(jnp.array(0.0), split_groups(examples, 4), count=2)
       >>> int(half.num_examples), float(half.mean)
       (2, -2.0)
-      >>> exact = jax.jit(value_and_grad_noise(loss_fn, per_example="structured"))
-      >>> round(float(exact(jnp.array(0.0), split_groups(examples, 4))[1].trace), 4)
-      6.6667
 
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (tests); Chan, Golub, LeVeque (1983)
     (accumulation).
     """
     name = "value_and_grad_noise"
-    structured = per_example is not None
-    if per_example is not None:
-        _validate.one_of(name, ("structured",), per_example=per_example)
-    if vectorize is not None:
-        _validate.positive_int(name, vectorize=vectorize)
-    if lanes and (structured or vectorize not in (None, 1)):
-        raise ValueError(
-            f"{name}: lanes=True already runs its lanes at once, got {vectorize=}, {per_example=}"
-        )
+    _validate.positive_int(name, vectorize=vectorize)
+    if lanes and vectorize != 1:
+        raise ValueError(f"{name}: lanes=True already runs its lanes at once, got {vectorize=}")
+    return estimator(
+        loss_fn,
+        has_aux=has_aux,
+        axis_name=axis_name,
+        vectorize=vectorize,
+        coordinate_wise=coordinate_wise,
+        inner_products=inner_products,
+        lanes=lanes,
+    )
+
+
+def estimator(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool,
+    axis_name: AxisName,
+    vectorize: int | None,
+    coordinate_wise: bool,
+    inner_products: bool,
+    lanes: bool = False,
+    together: Callable[..., tuple[Tally, Callable[[PyTree], jax.Array]]] | None = None,
+) -> Callable[..., tuple[Any, GradientNoise]]:
+    """`value_and_grad_noise`, its arguments checked.
+
+    With `together`, which is called as `_structured`'s `batch_tally`, `vectorize` groups go through it as
+    one; all of them with None.
+    """
     axes = axis_tuple(axis_name)
     ndim = 2 if lanes else 1
 
@@ -157,9 +165,9 @@ def value_and_grad_noise(
         sizes = group_sizes(groups, sizes, leading)
         bound = leading[0] if count is None else jnp.clip(count, 0, leading[0]).astype(jnp.int32)
         params, groups = jax.tree.map(jnp.asarray, (params, groups))
-        params = prepare(name, params, groups, axes)
+        params = prepare("value_and_grad_noise", params, groups, axes)
         varying = varying_axes((params, groups, args, sizes, bound))
-        at_once = min(leading[0], vectorize or (leading[0] if structured else 1))
+        at_once = min(leading[0], vectorize or leading[0])
         over_groups = partial(
             accumulate, (groups, sizes), vectorize=at_once, lanes=lanes, varying=varying
         )
@@ -177,25 +185,24 @@ def value_and_grad_noise(
             )
             return Tally(noise, value, *aux)
 
-        batch = partial(
-            batch_tally,
-            loss_parts,
-            params,
-            coordinate_wise=coordinate_wise,
-            measure=measure,
-            varying=varying,
-        )
         project = None
-        if structured:
-            check_single_examples(params, groups)
-        if structured and at_once == leading[0]:
-            sizes = sizes if count is None else jnp.where(jnp.arange(at_once) < bound, sizes, 0)
-            total, project = batch(groups, sizes, masked=masked)
-        elif structured:
-            each = lambda group, sizes: batch(group, sizes, masked=True)[0]  # noqa: E731
-            total = over_groups(bound, each, measure, together=True)
-        else:
+        if together is None:
             total = over_groups(bound, gradient, measure)
+        else:
+            batch = partial(
+                together,
+                loss_parts,
+                params,
+                coordinate_wise=coordinate_wise,
+                measure=measure,
+                varying=varying,
+            )
+            if at_once == leading[0]:
+                sizes = sizes if count is None else jnp.where(jnp.arange(at_once) < bound, sizes, 0)
+                total, project = batch(groups, sizes, masked=masked)
+            else:
+                each = lambda group, sizes: batch(group, sizes, masked=True)[0]  # noqa: E731
+                total = over_groups(bound, each, measure, together=True)
         total = pool_devices(total, axes)
         mean = cast_like(total.noise.mean, params)
         noise = total.noise._replace(mean=mean)
@@ -216,8 +223,6 @@ def value_and_grad_noise(
             else:
                 products = over_groups(second, projection)
             noise = noise._replace(inner_product_scatter=pool_devices(products, axes).noise.scatter)
-        if structured:
-            noise = noise._replace(below_resolution=noise.squared_norm > 1e3 * noise.trace)
         if measure is not None:
             noise = unless_measured(noise, jnp.asarray(measure).astype(bool))
 

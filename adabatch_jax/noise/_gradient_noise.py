@@ -31,8 +31,6 @@ class GradientNoise(NamedTuple):
         or None where it was not asked for.
       inner_product_scatter: Σ_j n_j (⟨ḡ_j, ḡ⟩ − ‖ḡ‖²)² with the inner product over the whole gradient
         vector, float32 scalar, or None where it was not asked for.
-      below_resolution: bool scalar with `per_example="structured"`, otherwise None: ‖ḡ‖² > 1000 tr Σ. The
-        scatter is the difference of two sums there, which float32 then cannot tell well from 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,7 +49,6 @@ class GradientNoise(NamedTuple):
     num_groups: Any
     coordinate_scatter: PyTree | None = None
     inner_product_scatter: Any = None
-    below_resolution: Any = None
 
     def variance(self, scatter: jax.Array) -> jax.Array:
         """`scatter / (num_groups − 1)`: NaN for fewer than two groups."""

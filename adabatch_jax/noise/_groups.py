@@ -76,7 +76,7 @@ def group_sizes(groups: PyTree, sizes: Any, leading: tuple[int, ...]) -> jax.Arr
         return jnp.maximum(jnp.asarray(sizes).astype(jnp.int32), 0)
     ndim = len(leading)
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(groups)]
-    shapes = [x.shape for x in leaves if not _is_key(x, ndim)] or [x.shape for x in leaves]
+    shapes = [x.shape for x in leaves if not is_key(x, ndim)] or [x.shape for x in leaves]
     lengths = {shape[ndim : ndim + 1] for shape in shapes}
     if len(lengths) != 1 or () in lengths:
         raise ValueError(
@@ -87,23 +87,7 @@ def group_sizes(groups: PyTree, sizes: Any, leading: tuple[int, ...]) -> jax.Arr
     return jnp.full(leading, lengths.pop()[0], jnp.int32)
 
 
-def check_single_examples(params: PyTree, groups: PyTree) -> None:
-    """What `per_example="structured"` asks for: groups of one example, and real parameters."""
-    shapes = [x.shape for x in jax.tree.leaves(groups) if not _is_key(x, 1)]
-    if any(shape[1:2] != (1,) for shape in shapes):
-        raise ValueError(
-            'value_and_grad_noise: per_example="structured" needs groups of one example, every leaf '
-            f"[num_groups, 1, …], as split_groups(batch, B) gives; got shapes {shapes}"
-        )
-    dtypes = {str(x.dtype) for x in jax.tree.leaves(params)}
-    if other := {d for d in dtypes if not jnp.issubdtype(d, jnp.floating)}:
-        raise ValueError(
-            'value_and_grad_noise: per_example="structured" needs real floating-point parameters, '
-            f"got {', '.join(sorted(other))}"
-        )
-
-
-def _is_key(x: jax.Array, ndim: int) -> bool:
+def is_key(x: jax.Array, ndim: int) -> bool:
     """A typed PRNG key per group, or a raw one: uint32 pairs."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return True

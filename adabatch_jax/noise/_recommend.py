@@ -14,9 +14,8 @@ class Recommendation(NamedTuple):
     """An estimator of tr Σ, how exact it is at worst, and what it costs.
 
     Attributes:
-      estimator: "groups" (`value_and_grad_noise`), "signs" (`value_and_grad_signs`), "structured"
-        (`value_and_grad_noise(…, per_example="structured")` over groups of one example, micro-batches of
-        them by `vectorize`) or "per_example" (the same without it, one after the other).
+      estimator: "groups" (`value_and_grad_noise`), "signs" (`value_and_grad_signs`) or "per_example"
+        (`value_and_grad_noise` over groups of one example).
       degrees_of_freedom: of one step's estimate, over all devices.
       relative_standard_error: √(2 / degrees_of_freedom), where all gradients lie on one line; inf
         without any.
@@ -43,7 +42,6 @@ def recommend_estimator(
     num_devices: int = 1,
     divisible: bool = True,
     group_overhead: float = 22.0,
-    structured_cost: float = 1.3,
 ) -> Recommendation:
     """The cheapest estimator of tr Σ whose relative standard error is small enough at worst.
 
@@ -55,7 +53,6 @@ def recommend_estimator(
     |---|---|---|
     | groups: each micro-batch in c parts | A·c − 1 | (b + a·A·c) / (b + a·A) |
     | signs: k vectors for each micro-batch | A·(ν_k + 1) − 1 | 1 + 2k/3 |
-    | structured | b − 1 | `structured_cost` |
     | per example | b − 1 | (b + a·b) / (b + a·A) |
 
     with ν_k as in `value_and_grad_signs`, about k. The times are models: a gradient takes as long as
@@ -73,9 +70,6 @@ def recommend_estimator(
       group_overhead: a ≥ 0, examples. The default is that of a dense network on two CPU cores, the
         worst case there; networks that use a parameter many times an example, convolutions or
         attention, come near 0. On other hardware: take the time of one gradient at two sizes.
-      structured_cost: at least 1, over a plain step. The default is above what three networks took on two
-        CPU cores; a large parameter that is used several times, or in a loop, makes it more (see
-        `explain_noise`).
 
     Returns:
       A `Recommendation`. Parts are of equal size: c divides the n examples of a micro-batch. Where
@@ -83,15 +77,15 @@ def recommend_estimator(
       vectors for each micro-batch.
 
     Raises:
-      ValueError: a number is not positive, or `group_overhead` negative, or `structured_cost` below 1;
-        `batch_size` is not divisible by accumulation_steps · num_devices.
+      ValueError: a number is not positive, or `group_overhead` negative; `batch_size` is not divisible
+        by accumulation_steps · num_devices.
 
     Example:
       >>> choice = recommend_estimator(256, relative_standard_error=0.5, accumulation_steps=4)
       >>> choice.estimator, choice.number, choice.degrees_of_freedom
-      ('structured', 64, 255)
+      ('groups', 4, 15)
       >>> round(choice.relative_standard_error, 2), round(choice.relative_cost, 2)
-      (0.09, 1.3)
+      (0.37, 1.77)
       >>> recommend_estimator(256, relative_standard_error=0.5, accumulation_steps=16).relative_cost
       1.0
       >>> recommend_estimator(256, relative_standard_error=1.5, divisible=False).estimator
@@ -105,7 +99,6 @@ def recommend_estimator(
     )
     _validate.positive(name, relative_standard_error=relative_standard_error)
     _validate.between(name, 0.0, float("inf"), group_overhead=group_overhead)
-    _validate.between(name, 1.0, float("inf"), structured_cost=structured_cost)
     batches = int(accumulation_steps) * int(num_devices)
     if batch_size % batches:
         raise ValueError(
@@ -126,8 +119,6 @@ def recommend_estimator(
     # The factor: 2/0.1² must ask for 200 whatever its rounding.
     wanted = math.ceil(2.0 / relative_standard_error**2 * (1.0 - 1e-12))
     choices = [groups(c) for c in range(1, size + 1) if size % c == 0 and (divisible or c == 1)]
-    if divisible and size > 1:
-        choices.append(_recommendation("structured", batches * size - 1, structured_cost, size))
     if size > 1:
         most = size - 1
         fewest = bisect.bisect_left(

@@ -12,7 +12,7 @@ are kept in runs/benchmarks/noise_estimators.json. `--problem mlp --only time` t
 
 * groups: `value_and_grad_noise` over 8 or 16 groups, one after the other;
 * signs: `value_and_grad_signs` with one or two sign vectors;
-* structured: the same over single examples, with `per_example="structured"`;
+* structured: the same over single examples, by `noise/_structured/`, which is not public;
 * per example: the same, one after the other.
 
 The relative standard error is the deviation of tr Σ over 200 draws of the batch (with replacement, from
@@ -50,6 +50,7 @@ import optax
 from flax import linen as nn
 
 import adabatch_jax as adabatch
+from adabatch_jax.noise._structured._estimate import value_and_grad_structured
 from adabatch_jax.training._models import CNN
 from adabatch_jax.training._report import write_json
 from adabatch_jax.training._transformer import Transformer
@@ -110,7 +111,7 @@ def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], in
         return lambda params, batch, key: fn(params, adabatch.split_groups(batch, 1), key)
 
     def structured(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
-        fn = adabatch.value_and_grad_noise(mean_loss, per_example="structured")
+        fn = value_and_grad_structured(mean_loss)
         return fn(params, adabatch.split_groups(batch, size))
 
     return {

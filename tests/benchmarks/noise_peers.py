@@ -37,9 +37,10 @@ out what needs a machine of its own. Expected, medians of two runs:
 | torch.func, vmap(grad) | 24, 26 | 3.5, 3.6 | 2.0, 1.9 |
 
 Our and PyTorch's plain steps take 14 and 17 ms there, 79 and 43 (CNN), 36 and 31 (transformer; 23 and 28
-in the second run, and what needs little memory has larger ratios). The structured rows are from two runs
-without PyTorch: 1.11, 1.13 (MLP), 1.06, 1.11, 1.08, 1.09. That is 180 times as fast as vmap(grad) on the
-MLP, 4.6 times on the CNN, and no faster on the transformer, where vmap(grad) costs next to nothing.
+in the second run, and what needs little memory has larger ratios). Structured is `noise/_structured/`,
+which is not public; its rows are from two runs without PyTorch: 1.11, 1.13 (MLP), 1.06, 1.11, 1.08, 1.09.
+That is 180 times as fast as vmap(grad) on the MLP, 4.6 times on the CNN, and no faster on the transformer,
+where vmap(grad) costs next to nothing.
 Inner products: structured 1.5, 1.1, 1.1 to 1.2; 8 groups 3.1 to 3.2, 0.8, 1.6 to 2.2; examples one by one
 14 to 17, 1.6, 2.0 to 2.9; vmap(grad) 166 to 266, 4.6, 1.0 to 1.3; the fastest of the peers in PyTorch 21
 (BatchGrad), 3.4 to 3.7 and 1.7 to 1.9 (torch.func).
@@ -68,6 +69,7 @@ from flax import linen as nn
 from noise_estimators import PROBLEMS, methods, problem
 
 import adabatch_jax as adabatch
+from adabatch_jax.noise._structured._estimate import value_and_grad_structured
 from adabatch_jax.training._report import write_json
 
 AT_ONCE = 16  # examples whose gradients are held at once, where they are not all
@@ -108,10 +110,13 @@ def by_jax(net: nn.Module, size: int) -> dict[str, Callable[..., Any]]:
 
         return run
 
-    def ours(groups: int, products: bool, **options: Any) -> Callable[..., Any]:
-        fn = adabatch.value_and_grad_noise(
-            lambda params, group: loss(params, *group), inner_products=products, **options
-        )
+    def ours(
+        groups: int,
+        products: bool,
+        measure: Callable[..., Any] = adabatch.value_and_grad_noise,
+        **options: Any,
+    ) -> Callable[..., Any]:
+        fn = measure(lambda params, group: loss(params, *group), inner_products=products, **options)
 
         def run(params: PyTree, x: jax.Array, y: jax.Array) -> Any:
             noise = fn(params, adabatch.split_groups((x, y), groups))[1]
@@ -154,7 +159,7 @@ def by_jax(net: nn.Module, size: int) -> dict[str, Callable[..., Any]]:
         PLAIN["JAX"]: plain,
         "norm test: ours, 8 groups": norms("groups, 8"),
         "norm test: ours, 1 sign vector": norms("signs, 1"),
-        "norm test: ours, examples, structured": ours(size, False, per_example="structured"),
+        "norm test: ours, examples, structured": ours(size, False, value_and_grad_structured),
         "norm test: ours, examples one by one": ours(size, False),
         f"norm test: ours, examples, {AT_ONCE} at once": ours(size, False, vectorize=AT_ONCE),
         "norm test: Optax, micro_grad, one by one": micro_grad(1),
@@ -162,7 +167,7 @@ def by_jax(net: nn.Module, size: int) -> dict[str, Callable[..., Any]]:
         "norm test: Optax, micro_grad, all at once": micro_grad(None),
         "norm test: JAX, vmap(grad)": vmap_grad(False),
         "inner products: ours, 8 groups": ours(8, True),
-        "inner products: ours, examples, structured": ours(size, True, per_example="structured"),
+        "inner products: ours, examples, structured": ours(size, True, value_and_grad_structured),
         "inner products: ours, examples one by one": ours(size, True),
         f"inner products: ours, examples, {AT_ONCE} at once": ours(size, True, vectorize=AT_ONCE),
         "inner products: JAX, vmap(grad)": vmap_grad(True),

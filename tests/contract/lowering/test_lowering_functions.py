@@ -21,7 +21,6 @@ GROUPS = np.arange(1, 9, dtype=np.float32).reshape(4, 2)
 SIZES, EXTREMES = np.float32([16, 64, 256]), np.float32([3.0, 2.0, 1.5])
 ON_THE_HOST = {
     "smoothed_losses",  # how much it returns depends on the state
-    "explain_noise",  # prints
     "recommend_estimator",  # plain numbers in, plain numbers out
 }
 

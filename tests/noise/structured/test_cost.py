@@ -6,6 +6,7 @@ import pytest
 from flax import linen as nn
 
 import adabatch_jax as adabatch
+from adabatch_jax.noise._structured._estimate import value_and_grad_structured
 from adabatch_jax.training._models import CNN
 from adabatch_jax.training._transformer import Transformer
 
@@ -47,8 +48,7 @@ def test_exact_noise_takes_the_multiplications_of_a_plain_step(case):
 
     def structured(params, batch):
         groups = adabatch.split_groups(batch, size)
-        fn = adabatch.value_and_grad_noise(loss, per_example="structured")
-        value, noise = fn(params, groups)
+        value, noise = value_and_grad_structured(loss)(params, groups)
         return value, noise.mean, noise.squared_norm, noise.trace
 
     costs = []

@@ -1,14 +1,15 @@
-"""`per_example="structured"` with counts, sizes, chunks, aux, `measure=`; errors; `explain_noise`."""
+"""`value_and_grad_structured` with counts, sizes, chunks, aux, `measure=`; errors; `explain_noise`."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adabatch_jax import explain_noise, split_groups, value_and_grad_noise
+from adabatch_jax import split_groups, value_and_grad_noise
+from adabatch_jax.noise._structured._estimate import below_resolution, value_and_grad_structured
+from adabatch_jax.noise._structured._explain import explain_noise
 
 N = 7
-STRUCTURED = {"per_example": "structured"}
 ALL = {"coordinate_wise": True, "inner_products": True}
 
 
@@ -38,7 +39,6 @@ def groups():
 
 def assert_equal(found, expected, rtol=1e-5):
     (a, noise), (b, other) = found, expected
-    noise = noise._replace(below_resolution=None)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol), (a, noise), (b, other)
     )
@@ -48,7 +48,7 @@ def assert_equal(found, expected, rtol=1e-5):
 def test_counts_sizes_and_chunks_are_those_of_the_loop(params, groups, chunk):
     """What does not count is NaN here."""
     loop = jax.jit(value_and_grad_noise(loss_and_aux, has_aux=True, **ALL))
-    measure = value_and_grad_noise(loss_and_aux, has_aux=True, vectorize=chunk, **STRUCTURED, **ALL)
+    measure = value_and_grad_structured(loss_and_aux, has_aux=True, vectorize=chunk, **ALL)
     fn = jax.jit(measure)
     sizes = jnp.array([0, 1, 1, 0, 1, 1, 1])
     spoilt = (groups[0].at[jnp.array([0, 3, 6])].set(jnp.nan), groups[1])
@@ -64,12 +64,12 @@ def test_counts_sizes_and_chunks_are_those_of_the_loop(params, groups, chunk):
 
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_a_step_that_does_not_measure_has_value_and_gradient_alone(params, groups, chunk):
-    fn = value_and_grad_noise(loss_fn, vectorize=chunk, **STRUCTURED, **ALL)
+    fn = value_and_grad_structured(loss_fn, vectorize=chunk, **ALL)
     traced = jax.jit(lambda wanted: fn(params, groups, measure=wanted))
     always = fn(params, groups)
     measured, not_measured = traced(jnp.bool_(True)), traced(jnp.bool_(False))
     assert traced._cache_size() == 1
-    assert_equal(measured, (always[0], always[1]._replace(below_resolution=None)))
+    assert_equal(measured, always)
     np.testing.assert_allclose(not_measured[0], always[0], rtol=1e-5)
     noise = not_measured[1]
     jax.tree.map(
@@ -84,7 +84,7 @@ def test_a_step_that_does_not_measure_has_value_and_gradient_alone(params, group
 def test_bfloat16_parameters_have_float32_statistics(params, groups):
     small = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), groups)
-    _, noise = jax.jit(value_and_grad_noise(loss_fn, **STRUCTURED, **ALL))(small, batch)
+    _, noise = jax.jit(value_and_grad_structured(loss_fn, **ALL))(small, batch)
     again = jax.tree.map(lambda p: p.astype(jnp.float32), (small, batch))
     _, expected = value_and_grad_noise(loss_fn, **ALL)(*again)
     assert {x.dtype for x in jax.tree.leaves(noise.mean)} == {jnp.dtype(jnp.bfloat16)}
@@ -97,23 +97,21 @@ def test_noise_that_float32_cannot_resolve_is_marked():
     def loss(w, x):
         return jnp.mean(w * x)
 
-    fn = jax.jit(value_and_grad_noise(loss, **STRUCTURED))
+    fn = jax.jit(value_and_grad_structured(loss))
     for spread, below in ((0.1, False), (1e-5, True)):
         x = split_groups(1.0 + spread * jnp.array([-1.0, 1.0, -1.0, 1.0]), 4)
         noise = fn(jnp.float32(1.0), x)[1]
-        assert bool(noise.below_resolution) is below
+        assert bool(below_resolution(noise)) is below
         assert noise.scatter >= 0
-    assert value_and_grad_noise(loss)(jnp.float32(1.0), x)[1].below_resolution is None
 
 
 @pytest.mark.parametrize(
     ("options", "given", "message"),
     [
-        ({"per_example": "exact"}, {}, "per_example"),
-        ({**STRUCTURED, "lanes": True}, {}, "lanes=True"),
-        (STRUCTURED, {"groups": jnp.ones((3, 2, 3))}, "groups of one example"),
-        (STRUCTURED, {"params": jnp.arange(3)}, "int32"),
-        (STRUCTURED, {"groups": jnp.zeros((4, 1, 3), jnp.int32)}, "does not depend on the example"),
+        ({"vectorize": 0}, {}, "vectorize"),
+        ({}, {"groups": jnp.ones((3, 2, 3))}, "groups of one example"),
+        ({}, {"params": jnp.arange(3)}, "int32"),
+        ({}, {"groups": jnp.zeros((4, 1, 3), jnp.int32)}, "does not depend on the example"),
     ],
 )
 def test_what_it_cannot_do_is_named(options, given, message):
@@ -123,7 +121,7 @@ def test_what_it_cannot_do_is_named(options, given, message):
         return jnp.mean(jnp.dot(x, w) if jnp.issubdtype(x.dtype, jnp.floating) else w)
 
     with pytest.raises(ValueError, match=message):
-        value_and_grad_noise(loss, **options)(**given)
+        value_and_grad_structured(loss, **options)(**given)
 
 
 def test_the_plan_in_words(capsys):

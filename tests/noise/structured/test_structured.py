@@ -1,4 +1,4 @@
-"""`per_example="structured"` against the gradients of single examples, for all sorts of losses."""
+"""`value_and_grad_structured` against the gradients of single examples, for all sorts of losses."""
 
 from functools import partial
 
@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from adabatch_jax import split_groups, value_and_grad_noise
+from adabatch_jax import split_groups
+from adabatch_jax.noise._structured._estimate import value_and_grad_structured
 
 N = 6  # examples
 
@@ -197,7 +198,7 @@ def as_users_have_it():
 @pytest.mark.parametrize("case", CASES)
 def test_all_statistics_are_those_of_single_examples(case):
     loss, params, batch = CASES[case]()
-    structured = partial(value_and_grad_noise, loss, per_example="structured")
+    structured = partial(value_and_grad_structured, loss)
 
     @jax.jit
     def measure(params, groups):

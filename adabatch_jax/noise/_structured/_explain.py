@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adabatch_jax.noise._groups import check_single_examples
-from adabatch_jax.noise.structured._plan import make_plan
+from adabatch_jax.noise._structured._estimate import check_single_examples
+from adabatch_jax.noise._structured._plan import make_plan
 
 PyTree = Any
 
@@ -17,7 +17,7 @@ PyTree = Any
 def explain_noise(
     loss_fn: Callable[..., Any], params: PyTree, group: PyTree, *args: Any, has_aux: bool = False
 ) -> None:
-    """Prints how `value_and_grad_noise(…, per_example="structured")` treats each parameter, and why.
+    """Prints how `value_and_grad_structured` treats each parameter, and why.
 
     * formula: ‖gᵢ‖² follows from the inputs x of one operation and its signals δ. For an input of one row
       it is ‖x‖²·‖δ‖²; for more ⟨x xᵀ, δ δᵀ⟩ where that takes fewer multiplications than the gradient.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from adabatch_jax.noise.structured._rules import formula_of, rearranges
+from adabatch_jax.noise._structured._rules import formula_of, rearranges
 
 PyTree = Any
 CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
@@ -78,7 +78,7 @@ def make_plan(fn: Callable[..., Any], params: Sequence[Any], example: Sequence[A
                 uses[i].append(Use(place, made_of, operand, as_it_is))
     loss = jaxpr.outvars[0]
     if isinstance(loss, Literal) or loss not in from_example:
-        raise ValueError('per_example="structured": the loss does not depend on the example')
+        raise ValueError("value_and_grad_structured: the loss does not depend on the example")
     ways = tuple(_way(uses[i], jaxpr) for i in range(number))
     return Plan(jaxpr, flat.consts, ways, frozenset(from_example))
 
