@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -13,23 +12,20 @@ from adabatch_jax import _validate
 from adabatch_jax.batch_size import Criterion, adapt_batch_size, norm_test
 from adabatch_jax.learning_rate import (
     WarmupEnd,
-    linear_scaling,
     return_to_minimum,
     scale_by_batch_size,
     scale_by_improved_autowu,
-    sqrt_scaling,
 )
+from adabatch_jax.learning_rate._kind import PEAK_FACTOR, Kind, kind_of
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
 ETA = 1.5  # of the norm test
 BATCH_SIZE_OPTIONS = dict(smoothing=0.9, debias=True, growth_limit=1.1)
 _WARMUP = 0.1  # of the run, at most
-_PEAK_AT = "earliest"
-_PEAK_FACTOR = 4.0  # or, by the kind of the direction:
-_PEAK_FACTOR_ACCUMULATED = 8.0  # steps that shrink while squares are gathered: AdaGrad
-_PEAK_FACTOR_RELATIVE = 1.0  # steps that are a part of the parameters: LAMB
-_LATE = 256  # steps after which it is looked at whether a direction still shrinks
+_REMEDY = (
+    "say by scaling=adabatch.sqrt_scaling() or linear_scaling() how the rate follows the batch"
+)
 
 
 class AutomaticState(NamedTuple):
@@ -83,8 +79,8 @@ def automatic(
       scaling: rule by which the rate follows the batch. None: `sqrt_scaling()` if the direction is
         insensitive to the gradient's length (Adam, AdaGrad, LAMB), `linear_scaling()` if it is
         proportional to it (SGD, momentum). If it is given, the direction is not tried.
-      autowu_options: passed to `scale_by_improved_autowu`; max_warmup_fraction=0.1,
-        peak_at="earliest" and the factor above as peak_factor (4 with `scaling`) by default.
+      autowu_options: passed to `scale_by_improved_autowu`; max_warmup_fraction=0.1 and the factor
+        above as peak_factor (4 with `scaling`) by default.
       **batch_size_options: passed to `adapt_batch_size`; smoothing=0.9, debias=True and
         growth_limit=1.1 by default.
 
@@ -122,9 +118,9 @@ def automatic(
         max_batch_size=max_batch_size,
         **{**BATCH_SIZE_OPTIONS, **batch_size_options},
     )
-    kind = _kind_of(direction) if scaling is None else _Kind(scaling, _PEAK_FACTOR)
+    kind = Kind(scaling, PEAK_FACTOR) if scaling else kind_of(direction, "automatic", _REMEDY)
     scale = scale_by_batch_size(kind.scaling, base_batch_size=initial_batch_size)
-    found = dict(max_warmup_fraction=_WARMUP, peak_at=_PEAK_AT, peak_factor=kind.peak_factor)
+    found = dict(max_warmup_fraction=_WARMUP, peak_factor=kind.peak_factor)
     schedule = scale_by_improved_autowu(
         total_examples=total_examples, **{**found, **(autowu_options or {})}
     )
@@ -160,48 +156,3 @@ def automatic(
         return updates, AutomaticState(held, *rest)
 
     return return_to_minimum(optax.GradientTransformationExtraArgs(init, update))
-
-
-class _Kind(NamedTuple):
-    """What the kind of a direction decides, unless it is given."""
-
-    scaling: Callable[..., Any]
-    peak_factor: float
-
-
-def _kind_of(direction: optax.GradientTransformation) -> _Kind:
-    """Found by trying it: on a gradient, its double, the same again and again, on larger parameters."""
-    link = optax.with_extra_args_support(direction)
-
-    def answers(gradient: float, parameter: float = 1.0, steps: int = 1) -> list[float]:
-        params = jnp.full((1,), parameter, jnp.float32)
-
-        def step(state: PyTree, _: None) -> tuple[PyTree, jax.Array]:
-            update, state = link.update(jnp.full_like(params, gradient), state, params)
-            return state, update[0]
-
-        return jax.lax.scan(step, link.init(params), length=steps)[1].tolist()
-
-    try:
-        with jax.ensure_compile_time_eval():
-            once, *later = answers(0.5, steps=_LATE)
-            (twice,), (larger,) = answers(1.0), answers(0.5, parameter=2.0)
-    except Exception as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"automatic: the direction could not be tried on a parameter of shape [1] ({why}): say by "
-            "scaling=adabatch.sqrt_scaling() or linear_scaling() how the rate follows the batch"
-        ) from error
-    if not once > 0:
-        raise ValueError(
-            f"automatic: direction turns a gradient of 0.5 into {once}: give it without sign and "
-            "learning rate, optax.scale_by_adam() instead of optax.adam(1e-3)"
-        )
-    if twice > 2**0.5 * once:
-        return _Kind(linear_scaling(), _PEAK_FACTOR)
-    if larger > 2**0.5 * once:
-        return _Kind(sqrt_scaling(), _PEAK_FACTOR_RELATIVE)
-    # By a half in four times as many steps; averages of squares have settled by then.
-    if later[-1] < 0.6 * later[_LATE // 4 - 2]:
-        return _Kind(sqrt_scaling(), _PEAK_FACTOR_ACCUMULATED)
-    return _Kind(sqrt_scaling(), _PEAK_FACTOR)

@@ -99,7 +99,8 @@ def build_optimizer(
         decay = optax.cosine_decay_schedule(1.0, total_examples)
         share = decay if config.schedule == "cosine" else 1.0
         return optax.chain(*links, adabatch.scale_by_example_schedule(share, flip_sign=False))
-    links.append(build_direction(config.optimizer))
+    direction = build_direction(config.optimizer)
+    links.append(direction)
     if config.scaling in rules:
         rule = rules[config.scaling]()
         links.append(adabatch.scale_by_batch_size(rule, base_batch_size=first))
@@ -118,7 +119,7 @@ def build_optimizer(
         link = adabatch.scale_by_autowu(total_examples=total_examples, examples_per_test=epoch)
         return optax.chain(*links, link)
     if config.schedule == "autowu-improved":
-        link = adabatch.scale_by_improved_autowu(total_examples=total_examples)
+        link = adabatch.scale_by_improved_autowu(total_examples=total_examples, direction=direction)
         return adabatch.return_to_minimum(optax.chain(*links, link))
     schedule: float | optax.Schedule = known(config.learning_rate)
     if config.schedule == "cosine":

@@ -74,7 +74,7 @@ def make_optimizer(task: Task, mode: str, steps: int) -> optax.GradientTransform
         link = adabatch.scale_by_autowu(total_steps=steps, steps_per_test=interval)
         return optax.chain(direction, link)
     if mode == "improved":
-        link = adabatch.scale_by_improved_autowu(total_steps=steps)
+        link = adabatch.scale_by_improved_autowu(total_steps=steps, direction=direction)
         return adabatch.return_to_minimum(optax.chain(direction, link))
 
     def scheduled(learning_rate: float) -> optax.GradientTransformation:

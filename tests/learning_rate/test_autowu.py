@@ -13,7 +13,7 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import AutowuPhase, WarmupEnd
-from adabatch_jax.learning_rate import _autowu
+from adabatch_jax.learning_rate import _autowu, _improved
 from adabatch_jax.learning_rate._minimum import Draws
 
 T = 60
@@ -160,6 +160,15 @@ def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
 
     ends = jax.jit(lambda x: jax.lax.map(end_of, x))(jnp.float32(curve + 0.3 * noise))
     assert (np.asarray(ends) < 0.6 * w).sum() <= 1
+
+
+def test_the_preset_goes_as_far_beyond_as_suits_the_direction(monkeypatch):
+    monkeypatch.setattr(_improved, "scale_by_autowu", lambda **options: options["peak_factor"])
+    preset = functools.partial(adabatch.scale_by_improved_autowu, total_steps=100)
+    lamb = optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio())
+    assert preset() == preset(direction=optax.scale_by_adam()) == 4.0
+    assert (preset(direction=lamb), preset(direction=optax.scale_by_rss(0.0))) == (1.0, 8.0)
+    assert preset(direction=lamb, peak_factor=2.0) == 2.0
 
 
 @pytest.mark.parametrize("cooldown", [None, 0.2])
@@ -394,6 +403,8 @@ def test_bad_options_are_named(options, message):
         ({"total_steps": -1}, "total_steps must be a positive integer, got -1"),
         ({"total_steps": 100, "num_tests": 0}, "num_tests must be a positive integer, got 0"),
         ({"total_steps": 4}, "too short for one test"),
+        (STEPS | {"direction": optax.adam(1e-3)}, "without sign and learning rate"),
+        (STEPS | {"direction": optax.masked(optax.identity(), {})}, "give peak_factor= instead"),
     ],
 )
 def test_bad_options_of_the_preset_are_named(options, message):

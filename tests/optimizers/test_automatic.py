@@ -10,7 +10,7 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import AutowuPhase, WarmupEnd
-from adabatch_jax.optimizers._automatic import _kind_of
+from adabatch_jax.learning_rate._kind import kind_of
 
 MICRO, FIRST, LARGEST, TOTAL = 4, 32, 512, 40_000
 RNG = np.random.default_rng(0)
@@ -143,7 +143,7 @@ DIRECTIONS = {
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_rule_and_peak_suit_the_kind_of_direction(name):
     direction, rule, peak_factor = DIRECTIONS[name]
-    kind = _kind_of(direction)
+    kind = kind_of(direction, "here", "do that")
     factor = float(kind.scaling(jnp.float32(64.0), jnp.float32(16.0)))
     assert factor == {"sqrt": 2.0, "linear": 4.0}[rule]
     assert kind.peak_factor == peak_factor
