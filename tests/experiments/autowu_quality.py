@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import cross_entropy, data, make_accuracy, octaves, run_all
+from common import cells_of, cross_entropy, data, make_accuracy, octaves, run_all, save_table
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import Feed
@@ -192,6 +192,9 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--data-dir", help="folder with the IDX files of MNIST")
     parser.add_argument("--out", type=Path, default=Path("runs/autowu-quality"))
+    parser.add_argument(
+        "--csv", type=Path, help="write the tables here as well, a row for every cell"
+    )
     options = parser.parse_args()
     tasks = [TASKS[name] for name in options.tasks]
 
@@ -204,7 +207,7 @@ def main() -> None:
 
     done = run_all(options.out / "runs.json", wanted)
     result = table(tasks, done)
-    (options.out / "table.md").write_text(result + "\n", encoding="utf-8")
+    save_table(cells_of(result), result, options.out, options.csv)
     print(result)
 
 

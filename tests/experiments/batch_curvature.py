@@ -21,8 +21,9 @@ not count, and λ₂ is close to λ₁ (0.5 to 0.9 of it). |λ_P′| is up to 39
 u, and within 26 % with that along its own vector. b* is 4 and 9 (MLP), 1 and 6 (CNN): no size is below it.
 
 Every run is kept in runs/batch-curvature/runs.json, arrays beside it: an interrupted command goes on
-where it stopped. The tables are printed and saved as table.md, the picture as batch-curvature.png. The
-MLP takes about eight minutes on two busy cores; the CNN's products cost ten times as much.
+where it stopped. The tables are printed and saved as table.md and table.csv, the picture as
+batch-curvature.png. The MLP takes about eight minutes on two busy cores; the CNN's products cost ten times
+as much.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from batch_curvature_runs import (
     train,
 )
 from batch_curvature_theory import Case, inverse, mean_error, predictions
-from common import run_all
+from common import cells_of, run_all, save_table
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -176,6 +177,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--out", type=Path, default=Path("runs/batch-curvature"))
+    parser.add_argument(
+        "--csv", type=Path, help="write the tables here as well, a row for every cell"
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     keys = [(net, state, matrix) for matrix in MATRICES for net in options.nets for state in STATES]
@@ -218,7 +222,7 @@ def main() -> None:
     tables["The noise"] = noise_table(cases)
     tables["Eigenvectors, spread, residuals of Lanczos"] = overlap_table(cases)
     text = "\n\n".join(markdown(*table) for table in tables.items())
-    (options.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    save_table(cells_of(text), text, options.out, options.csv)
     print(text)
     plot(cases, options.out / "batch-curvature.png")
 

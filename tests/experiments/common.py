@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import functools
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -92,7 +94,7 @@ def run_all(store: Path, wanted: Wanted) -> dict[str, Result]:
 
 def save_table(rows: list[Result], table: str, folder: Path, copy: Path | None = None) -> None:
     """As table.md and table.csv in a folder, and as CSV in a second place; floats with six digits."""
-    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table.rstrip() + "\n", encoding="utf-8")
     short = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
     for path in filter(None, (folder / "table.csv", copy)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,3 +102,30 @@ def save_table(rows: list[Result], table: str, folder: Path, copy: Path | None =
             writer = csv.DictWriter(file, list(short[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(short)
+
+
+def cells_of(text: str) -> list[Result]:
+    """The tables of a Markdown text, a row for every cell: what is said above, line, column, value.
+
+    Lines are counted through the tables under one title, so that each can be put together again.
+    """
+    rows, lines = [], collections.Counter[str]()
+    title, header, before = "", list[str](), ""
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            header = []
+            if line and not before:  # a paragraph begins
+                title = re.split("[,.]", line)[0].replace("*", "")
+        elif not header:
+            header = _split(line)
+        elif set(line) - set("|- "):
+            lines[title] += 1
+            at = {"table": title, "line": lines[title]}
+            cells = zip(header, _split(line), strict=True)
+            rows += [{**at, "column": column, "value": value} for column, value in cells]
+        before = line
+    return rows
+
+
+def _split(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]

@@ -7,7 +7,7 @@ Each network trains with a grid of learning rates, constant and under cosine dec
 of each grid gets three), and with the learner at its defaults in three variants, as it is and followed
 by cosine decay (five seeds). The curvature batch is 256 fixed examples. Every run is kept in
 runs/lanczos-learner/NET.json: an interrupted command goes on where it stopped. The tables are printed,
-and saved as NET.md.
+and saved as table.md and table.csv.
 
 Expected: heavy ball within 0.2 points of the hand-tuned rate on the MLP, and 0.5 to 0.8 below it on the CNN
 (20,000 examples × 2 epochs) and the residual network (10,000 × 2), constant and cosine. Nesterov within 0.1
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import cross_entropy, data, make_accuracy, octaves, run_all
+from common import cells_of, cross_entropy, data, make_accuracy, octaves, run_all, save_table
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import Feed
@@ -256,7 +256,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--out", type=Path, default=Path("runs/lanczos-learner"))
+    parser.add_argument(
+        "--csv", type=Path, help="write the tables here as well, a row for every cell"
+    )
     options = parser.parse_args()
+    tables = []
     for name in options.nets:
 
         def wanted(done: dict[str, Any], name: str = name) -> list[tuple[str, Any]]:
@@ -265,9 +269,10 @@ def main() -> None:
             ]
             return [*runs, (f"{name} cost", functools.partial(cost, name))]
 
-        result = table(name, run_all(options.out / f"{name}.json", wanted))
-        (options.out / f"{name}.md").write_text(result, encoding="utf-8")
-        print(result)
+        tables.append(table(name, run_all(options.out / f"{name}.json", wanted)))
+        print(tables[-1])
+    text = "\n".join(tables)
+    save_table(cells_of(text), text, options.out, options.csv)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Fashion-MNIST, MLP, the de-biased and smoothed norm test from 64 examples on, co
 epochs of examples; momentum and Adam at the rate that suits 64 examples. For each rule three seeds:
 test accuracy, optimizer steps, the largest batch size and factor, and for random-matrix the
 transition batch size that it measured. Every run is kept in runs/scaling-rules/runs.json: an
-interrupted command goes on where it stopped. The table is printed and saved as table.md.
+interrupted command goes on where it stopped. The table is printed, and saved as table.md and table.csv.
 
 Expected: the larger the factor, the smaller the batch that the test asks for, the more steps, and the
 better the accuracy, on one curve for all rules: momentum 0.846 in 205 steps with none, 0.868 in 312 with
@@ -24,7 +24,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from common import run_all
+from common import cells_of, run_all, save_table
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import TrainConfig, load_dataset, run_steps
@@ -94,6 +94,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/scaling-rules"))
+    parser.add_argument(
+        "--csv", type=Path, help="write the tables here as well, a row for every cell"
+    )
     options = parser.parse_args()
 
     def wanted(done: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -108,7 +111,7 @@ def main() -> None:
         ]
 
     result = table(run_all(options.out / "runs.json", wanted))
-    (options.out / "table.md").write_text(result + "\n", encoding="utf-8")
+    save_table(cells_of(result), result, options.out, options.csv)
     print(result)
 
 

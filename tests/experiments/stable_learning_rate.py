@@ -31,7 +31,7 @@ rate and to −0.5 at a rate ∝ √B, below b*·m, and as the rate to 1.2; wher
 there is none.
 
 Every result is kept in runs.json: an interrupted command goes on where it stopped. The tables are
-saved as table.md, the figure as figure.png.
+saved as table.md and table.csv, the figure as figure.png.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import run_all
+from common import cells_of, run_all, save_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from stability_runs import (
@@ -212,11 +212,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--out", type=Path, default=Path("runs/stable-learning-rate"))
+    parser.add_argument(
+        "--csv", type=Path, help="write the tables here as well, a row for every cell"
+    )
     options = parser.parse_args()
     store = options.out / "runs.json"
     done = run_all(store, lambda done: wanted(done, options.parts))
     result = rate_tables(done) + "\n" + damping_tables(done)
-    (options.out / "table.md").write_text(result, encoding="utf-8")
+    save_table(cells_of(result), result, options.out, options.csv)
     draw_figure(done, options.out / "figure.png")
     print(result)
 
