@@ -2,6 +2,7 @@
 
     python tests/experiments/batch_policies.py            # about three hours on two CPU cores
     python tests/experiments/batch_policies.py --tasks "fashion-mnist mlp adagrad"    # a quarter of an hour
+    python tests/experiments/batch_policies.py --choices  # the norm test's η, rule, estimator: 20 minutes
     python tests/experiments/batch_policies.py --full     # CNN and residual network, for a GPU
 
 Fashion-MNIST and MNIST (`--mnist FOLDER`, where its IDX files lie elsewhere), MLP and logistic regression,
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from batch_policies_runs import POLICIES, Task, run
+from batch_policies_runs import CHOICES, POLICIES, Task, run
 from common import run_all, save_table
 
 from adabatch_jax.training._plot_style import BLUE, ORANGE, dress, finish, new_figure
@@ -43,6 +44,7 @@ QUICK = [
 ]
 FULL = [("fashion-mnist", model, optimizer) for model in ("cnn", "resnet") for optimizer in GRIDS]
 FULL_POLICIES = [p for p in POLICIES if p.startswith(("constant", "norm", "augmented"))]
+BESIDE_CHOICES = [p for p in POLICIES if p.startswith("constant")]
 COLUMNS = {  # of a result: its format, and what the table calls it
     "accuracy": (".4f", "test accuracy"),
     "steps": (".0f", "optimizer steps"),
@@ -156,6 +158,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="3, or 20 with --full")
     parser.add_argument("--tasks", nargs="+", help='such as "mnist mlp adagrad"; default: all')
     parser.add_argument("--policies", nargs="+", choices=POLICIES, help="default: all")
+    parser.add_argument("--choices", action="store_true", help="the norm test's, on one task")
     parser.add_argument("--full", action="store_true", help="CNN and residual network: for a GPU")
     parser.add_argument("--mnist", metavar="FOLDER", help="where the IDX files of MNIST lie")
     parser.add_argument("--csv", type=Path, help="write the table here as well")
@@ -170,6 +173,8 @@ def main() -> None:
             parser.error(f"--tasks {unknown[0]!r} is none of {', '.join(known)}")
         tasks = [known[name] for name in options.tasks]
     policies = options.policies or (FULL_POLICIES if options.full else list(POLICIES))
+    if options.choices:
+        tasks, policies = tasks[:1], [*BESIDE_CHOICES, *CHOICES]
     wanted = functools.partial(wanted_runs, tasks, policies, options.mnist)
     options.out.mkdir(parents=True, exist_ok=True)
     done = run_all(options.out / "runs.json", (lambda done: []) if options.only_report else wanted)

@@ -2,7 +2,8 @@
 
 The whole run is one compiled loop over data on the device. A batch is split into at least 16 groups
 whose size doubles as the batch does, so that small batches have enough degrees of freedom and large ones
-stay cheap; every size of group is compiled once. Policies that look at no noise take fewer groups.
+stay cheap; every size of group is compiled once. Policies that look at no noise take fewer groups, and
+those of `CHOICES` more or fewer, to see what it changes.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Policy:
     measure: dict[str, bool] | None = None  # options of value_and_grad_noise; None: no noise
     smallest: int = FIRST
     constant: bool = False
+    groups: int = 16  # at least, of a batch; 0: single examples
+    signs: bool = False  # instead of the noise between groups, that of one sign vector in each
 
     def build(self, rate: Any, per_epoch: int) -> dict[str, Any]:
         bounds = {"initial_batch_size": FIRST, "max_batch_size": LARGEST}
@@ -86,6 +89,25 @@ POLICIES: dict[str, Policy] = {
                 optax.piecewise_constant_schedule(FIRST, {n: 4, 2 * n: 4})
             )
         }
+    ),
+}
+
+
+def norm_test(eta: float, scaling: Any = None, **estimator: Any) -> Policy:
+    made = criterion(adabatch.norm_test(eta), scaling=scaling)
+    return dataclasses.replace(made, **estimator)
+
+
+SQRT = adabatch.sqrt_scaling()
+CHOICES: dict[str, Policy] = {
+    **{f"η = {eta:g}": norm_test(eta) for eta in (0.25, 0.5, 1.0, 2.0, 4.0)},
+    **{f"η = {eta:g}, rate × √b": norm_test(eta, SQRT) for eta in (0.25, 0.5, 1.0, 2.0, 4.0)},
+    "η = 1, rate × b": norm_test(1.0, adabatch.linear_scaling()),
+    "η = 1, rate × √b, single examples": norm_test(1.0, SQRT, groups=0),
+    **{f"η = 1, rate × √b, {n} groups": norm_test(1.0, SQRT, groups=n) for n in (64, 4, 2)},
+    "η = 1, rate × √b, 1 sign vector": norm_test(1.0, SQRT, groups=1, signs=True),
+    "η = 1, rate × √b, 4 groups, smoothed": dataclasses.replace(
+        criterion(adabatch.norm_test(1.0), scaling=SQRT, smoothing=0.9, debias=True), groups=4
     ),
 }
 
@@ -137,7 +159,7 @@ def arguments(task: Task, rate: float, seed: int, folder: str | None) -> tuple[A
 def compiled(task: Task, policy: str, folder: str | None) -> Any:
     """The whole run, ahead of time: one compilation serves every rate and seed of a policy."""
     given = arguments(task, 0.0, 0, folder)
-    made = functools.partial(train, task, POLICIES[policy], len(given[2]))
+    made = functools.partial(train, task, (POLICIES | CHOICES)[policy], len(given[2]))
     return jax.jit(made).lower(*given).compile()
 
 
@@ -171,27 +193,33 @@ def train(task, policy, per_epoch, params, x, y, order, rate):
 def make_gradient(apply, policy: Policy, x, y, order):
     """`(params, used, size, measure) -> (mean loss, noise)` of `size` examples from `used` on."""
 
+    def losses_fn(params, group):
+        index, _ = group
+        logits = apply(params, x[index])
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y[index])
+
     def loss_fn(params, group):
-        index, real = group
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-            apply(params, x[index]), y[index]
-        )
-        return jnp.sum(losses * real) / jnp.maximum(jnp.sum(real), 1)
+        _, real = group
+        return jnp.sum(losses_fn(params, group) * real) / jnp.maximum(jnp.sum(real), 1)
 
     noisy = adabatch.value_and_grad_noise(loss_fn, **(policy.measure or {}))
-    groups = 4 if policy.measure is None else 16
+    signed = adabatch.value_and_grad_signs(losses_fn)
+    groups = 4 if policy.measure is None else policy.groups
 
     def rung(group_size: int, places: int, params, used, size, measure):
         taken = jax.lax.dynamic_slice_in_dim(order, used, places * group_size)
         index = taken.reshape(places, group_size)
         real = jnp.arange(places * group_size).reshape(places, group_size) < size
         count = (size + group_size - 1) // group_size
-        return noisy(
-            params, (index, real), count=count, sizes=jnp.sum(real, axis=1), measure=measure
-        )
+        given = {"count": count, "sizes": jnp.sum(real, axis=1)}
+        if policy.signs:
+            return signed(params, (index, real), jax.random.key(used), **given)
+        return noisy(params, (index, real), measure=measure, **given)
 
     if policy.constant:
         return functools.partial(rung, policy.smallest, 1)
+    if groups == 0:
+        return functools.partial(rung, 1, LARGEST)
     sizes = [policy.smallest // groups * 2**k for k in range(13)]
     sizes = [s for s in sizes if s * groups <= LARGEST]
     rungs = [functools.partial(rung, s, 2 * groups) for s in sizes]
