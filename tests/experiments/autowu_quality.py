@@ -1,7 +1,8 @@
-"""AutoWU against a tuned learning rate on six real tasks.
+"""AutoWU against a tuned learning rate on six real tasks, and from small batches to large ones.
 
     python tests/experiments/autowu_quality.py            # about half an hour on two CPU cores
     python tests/experiments/autowu_quality.py --tasks a b
+    python tests/experiments/autowu_quality.py --by-size  # batches of 256 to 16384; a quarter of an hour
 
 Each task trains with a grid of learning rates under cosine decay (one seed); then the best of the
 grid, AutoWU in the paper's mode and the improved preset (with `return_to_minimum`) get three seeds.
@@ -58,6 +59,17 @@ TASKS = {
     "d": Task("mnist", "mlp", "adamp", 8192, 40, octaves(5e-4)),
     "e": Task("fashion-mnist", "cnn", "adam", 256, 2, octaves(5e-4)),
     "f": Task("mnist", "cnn", "momentum", 512, 2, octaves(0.01)),
+}
+EPOCHS = {
+    256: 5,
+    1024: 10,
+    4096: 20,
+    16384: 40,
+}  # of a batch size: four times larger, half the steps
+BY_SIZE = {
+    f"{direction}-{size}": Task("fashion-mnist", "mlp", direction, size, epochs, octaves(lowest))
+    for direction, lowest in (("momentum", 0.01), ("adam", 5e-4))
+    for size, epochs in EPOCHS.items()
 }
 DIRECTIONS = {
     "momentum": lambda: optax.trace(0.9),
@@ -190,13 +202,14 @@ def table(tasks: list[Task], done: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--by-size", action="store_true", help="four batch sizes, two directions")
     parser.add_argument("--data-dir", help="folder with the IDX files of MNIST")
     parser.add_argument("--out", type=Path, default=Path("runs/autowu-quality"))
     parser.add_argument(
         "--csv", type=Path, help="write the tables here as well, a row for every cell"
     )
     options = parser.parse_args()
-    tasks = [TASKS[name] for name in options.tasks]
+    tasks = list(BY_SIZE.values()) if options.by_size else [TASKS[name] for name in options.tasks]
 
     def wanted(done: dict[str, Any]) -> list[tuple[str, Any]]:
         return [
