@@ -99,8 +99,8 @@ def scale_by_autowu(
       smoother: "rbf", the paper's (random subsets of the losses), or "quasisep" (all of them; see
         the guide of `adabatch_jax.learning_rate`).
       peak_at: the rate to turn back to: that of the "minimum", or the "earliest" whose smoothed loss is
-        within two posterior standard deviations of the minimum, or 2 % of the fall to it if that is
-        more. In a flat valley the lowest point is a matter of chance; its brink is not.
+        within two posterior standard deviations of the minimum. In a flat valley the lowest point is
+        a matter of chance; its brink is not.
       peak_factor: > 0; on that rate when the warm-up turns back to it, up to the last rate of the
         warm-up.
       ramp_fraction: ≥ 0; after the warm-up the rate rises linearly from a third of the peak to all of

@@ -38,11 +38,11 @@ def scale_by_improved_autowu(
     (`smoother="quasisep"`); two in a row end it (`patience=2`), at its limit it turns back to the
     minimum too (`at_limit`), and a loss that explodes or is not finite ends it at once, and halves
     the rate later on (`watch_divergence`). The minimum of a flat valley, or the second of two, lies
-    where chance puts it: the rate is that of the earliest point nearly as low (`peak_at`), which is
-    steady, and low; the peak is four times it (`peak_factor`), and halved where that is too high. Since
-    the loss is most curved just there, the rate rises to the peak from a third, in half the time of the
-    warm-up (`ramp_fraction`). Wrap the optimizer in `return_to_minimum` to also go back to the
-    parameters of the minimum.
+    where chance puts it: the rate is that of the earliest point as low to two standard deviations
+    (`peak_at`), which is steady, and low; the peak is four times it (`peak_factor`), and halved where
+    that is too high. Since the loss is most curved just there, the rate rises to the peak from a third,
+    in half the time of the warm-up (`ramp_fraction`). Wrap the optimizer in `return_to_minimum` to also
+    go back to the parameters of the minimum.
 
     The defaults were chosen on 10,000 images held out of the training sets of the tasks in
     `tests/experiments/autowu_quality.py`, which compares the result with a tuned rate.

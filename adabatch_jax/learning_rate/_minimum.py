@@ -13,8 +13,7 @@ from tinygp import GaussianProcess
 
 NUM_POINTS = 500  # at which the curve is predicted, both ends of [0, 1] included
 _INFINITE = 1e10  # noise variance of a point that is not there; its root must fit into float32
-_AS_LOW = 2.0  # standard deviations above the minimum within which a curve counts as low,
-_OF_THE_FALL = 0.02  # or this part of its fall to there, where the fit is too sure of itself
+_AS_LOW = 2.0  # standard deviations above the minimum within which a curve counts as low
 _DIFFERENCE_VARIANCE = 1e-4  # added to the variance of a difference, as the paper's code does
 
 
@@ -31,7 +30,7 @@ class Draws(NamedTuple):
 
     probability: jax.Array  # float32 [draws]: that the minimum is past
     location: jax.Array  # float32 [draws]: of the minimum, in [0, 1]
-    earliest: jax.Array  # float32 [draws]: first point nearly as low, see `draw`
+    earliest: jax.Array  # float32 [draws]: first point as low, to two standard deviations
 
 
 class Smoother(NamedTuple):
@@ -76,10 +75,7 @@ def probability_past_minimum(posterior: Posterior) -> jax.Array:
 def draw(grid: jax.Array, posterior: Posterior) -> Draws:
     """Probability and locations from one posterior."""
     lowest = jnp.argmin(posterior.mean)
-    least = posterior.mean[lowest]
-    before = jnp.arange(len(grid)) <= lowest
-    fall = jnp.max(jnp.where(before, posterior.mean, least)) - least
-    margin = jnp.maximum(_AS_LOW * jnp.sqrt(posterior.variance[lowest]), _OF_THE_FALL * fall)
+    as_low = posterior.mean[lowest] + _AS_LOW * jnp.sqrt(posterior.variance[lowest])
     failed = ~jnp.isfinite(posterior.mean).all()
 
     def location(index: jax.Array) -> jax.Array:
@@ -88,7 +84,7 @@ def draw(grid: jax.Array, posterior: Posterior) -> Draws:
     return Draws(
         probability=probability_past_minimum(posterior),
         location=location(lowest),
-        earliest=location(jnp.argmax(posterior.mean <= least + margin)),
+        earliest=location(jnp.argmax(posterior.mean <= as_low)),
     )
 
 

@@ -53,8 +53,8 @@ def automatic(
     1. `scale_by_improved_autowu` warms up until the loss has passed its minimum, over a tenth of the
        run at most. The batch is held meanwhile: two things that move at once would hide each other.
     2. `return_to_minimum` goes back to the parameters of the minimum, and the rate to the earliest
-       whose loss was nearly as low, times a factor: 1 if the direction is as long as the parameters
-       (LAMB), 8 if it shrinks while it gathers squares (AdaGrad), else 4.
+       whose loss was as low to two standard deviations, times a factor: 1 if the direction is as
+       long as the parameters (LAMB), 8 if it shrinks while it gathers squares (AdaGrad), else 4.
     3. `adapt_batch_size` grows the batch by the noise of the gradient, de-biased and smoothed, by a
        tenth per step at most, and `scale_by_batch_size` lets the rate follow, from the batch with
        which it was found.
