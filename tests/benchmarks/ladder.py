@@ -1,7 +1,7 @@
 """What a growing batch costs in compilations: the ladder against none, and against a naive loop.
 
     python tests/benchmarks/ladder.py
-    python tests/benchmarks/ladder.py --model cnn --smoothing 0.9 --epochs 4 --repeats 2
+    python tests/benchmarks/ladder.py --model cnn --smoothing 0.9
 
 A run on Fashion-MNIST whose batch grows from 64 to at most 8192, by momentum and the norm test, in four
 ways, in turns, `--repeats` times; seconds of the steps, compilations included:
@@ -13,7 +13,12 @@ ways, in turns, `--repeats` times; seconds of the steps, compilations included:
 
 Then the time of an example at the largest rung, over that of a plain step with the same batch. The first
 command, the MLP, takes five minutes on two cores; the second, a run of minutes whose test is smoothed, as
-the README advises, about half an hour.
+the README advises, half an hour.
+
+Expected, medians of two runs for the MLP, 386 steps and 28 batch sizes: ladder 10.0 and 9.0 s, in the
+foreground 10.1 and 8.9, all before 2.1 and 2.2, naive 10.7 and 9.1; an example at the largest rung 0.84 and
+1.00 of a plain step's. Seven rungs of 1.2 s each cannot hide behind two seconds of steps. CNN, three epochs,
+392 steps and 53 sizes, once: 76, 76, 63, 154.
 """
 
 from __future__ import annotations
