@@ -17,8 +17,8 @@ the README advises, half an hour.
 
 Expected, medians of two runs for the MLP, 386 steps and 28 batch sizes: ladder 10.0 and 9.0 s, in the
 foreground 10.1 and 8.9, all before 2.1 and 2.2, naive 10.7 and 9.1; an example at the largest rung 0.84 and
-1.00 of a plain step's. Seven rungs of 1.2 s each cannot hide behind two seconds of steps. CNN, three epochs,
-392 steps and 53 sizes, once: 76, 76, 63, 154.
+1.00 of a plain step's. Seven rungs of 1.2 s each cannot hide behind two seconds of steps. CNN, 392 steps
+and 53 sizes, once: 76, 76, 63, 154.
 """
 
 from __future__ import annotations
