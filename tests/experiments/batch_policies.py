@@ -21,9 +21,9 @@ in 74 at η = 0.5; so does the augmented test, 0.848 in 222. Above it lie, by ha
 with the rate × √b, 0.860 in 364, and CABS, 0.861 in 367, and by a hair the inner-product test and a ramp,
 0.865 in 1129 and 1027. Below it: the noise scale, 0.834 in 225, and the coordinate test, 0.859 in 2040.
 
-Of the norm test's choices: η = 0.25, 0.5, 1 take 50, 74, 183 steps (0.811, 0.821, 0.843), with the rate × √b
-59, 107, 364 (0.823, 0.836, 0.860); at η = 2 and 4 the batch never grows, since noise inflates the gradient's
-own length. The rest of the choices has not been run yet.
+Of the norm test's choices: η = 0.25, 0.5, 1 take 50, 74, 183 steps (0.811, 0.821, 0.843), with the rate
+× √b 59, 107, 364 (0.823, 0.836, 0.860); at η = 2 and 4 the batch never grows, since noise inflates the
+gradient's own length. The rest of the choices has not been run yet.
 """
 
 from __future__ import annotations
