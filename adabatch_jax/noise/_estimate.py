@@ -136,11 +136,11 @@ def value_and_grad_noise(
 def estimator(
     loss_fn: Callable[..., Any],
     *,
-    has_aux: bool,
-    axis_name: AxisName,
-    vectorize: int | None,
-    coordinate_wise: bool,
-    inner_products: bool,
+    has_aux: bool = False,
+    axis_name: AxisName = None,
+    vectorize: int | None = None,
+    coordinate_wise: bool = False,
+    inner_products: bool = False,
     lanes: bool = False,
     together: Callable[..., tuple[Tally, Callable[[PyTree], jax.Array]]] | None = None,
 ) -> Callable[..., tuple[Any, GradientNoise]]:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import cells_of, cross_entropy, data, make_accuracy, octaves, run_all, save_table
+from common import CSV_OPTION, cross_entropy, data, make_accuracy, octaves, run_all, save_tables
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import Feed
@@ -62,12 +62,8 @@ TASKS = {
     "e": Task("fashion-mnist", "cnn", "adam", 256, 2, octaves(5e-4)),
     "f": Task("mnist", "cnn", "momentum", 512, 2, octaves(0.01)),
 }
-EPOCHS = {
-    256: 5,
-    1024: 10,
-    4096: 20,
-    16384: 40,
-}  # of a batch size: four times larger, half the steps
+# Of a batch size: four times larger, half the steps.
+EPOCHS = {256: 5, 1024: 10, 4096: 20, 16384: 40}
 BY_SIZE = {
     f"{direction}-{size}": Task("fashion-mnist", "mlp", direction, size, epochs, octaves(lowest))
     for direction, lowest in (("momentum", 0.01), ("adam", 5e-4))
@@ -207,9 +203,7 @@ def main() -> None:
     parser.add_argument("--by-size", action="store_true", help="four batch sizes, two directions")
     parser.add_argument("--data-dir", help="folder with the IDX files of MNIST")
     parser.add_argument("--out", type=Path, default=Path("runs/autowu-quality"))
-    parser.add_argument(
-        "--csv", type=Path, help="write the tables here as well, a row for every cell"
-    )
+    parser.add_argument("--csv", **CSV_OPTION)
     options = parser.parse_args()
     tasks = list(BY_SIZE.values()) if options.by_size else [TASKS[name] for name in options.tasks]
 
@@ -222,7 +216,7 @@ def main() -> None:
 
     done = run_all(options.out / "runs.json", wanted)
     result = table(tasks, done)
-    save_table(cells_of(result), result, options.out, options.csv)
+    save_tables(result, options.out, options.csv)
     print(result)
 
 

@@ -50,7 +50,7 @@ from batch_curvature_runs import (
     train,
 )
 from batch_curvature_theory import Case, inverse, mean_error, predictions
-from common import cells_of, run_all, save_table
+from common import CSV_OPTION, run_all, save_tables
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -177,9 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--out", type=Path, default=Path("runs/batch-curvature"))
-    parser.add_argument(
-        "--csv", type=Path, help="write the tables here as well, a row for every cell"
-    )
+    parser.add_argument("--csv", **CSV_OPTION)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     keys = [(net, state, matrix) for matrix in MATRICES for net in options.nets for state in STATES]
@@ -222,7 +220,7 @@ def main() -> None:
     tables["The noise"] = noise_table(cases)
     tables["Eigenvectors, spread, residuals of Lanczos"] = overlap_table(cases)
     text = "\n\n".join(markdown(*table) for table in tables.items())
-    save_table(cells_of(text), text, options.out, options.csv)
+    save_tables(text, options.out, options.csv)
     print(text)
     plot(cases, options.out / "batch-curvature.png")
 

@@ -93,22 +93,20 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def norm_test(eta: float, scaling: Any = None, **estimator: Any) -> Policy:
-    made = criterion(adabatch.norm_test(eta), scaling=scaling)
-    return dataclasses.replace(made, **estimator)
+def norm_test(eta: float, groups: int = 16, signs: bool = False, **options: Any) -> Policy:
+    made = criterion(adabatch.norm_test(eta), **options)
+    return dataclasses.replace(made, groups=groups, signs=signs)
 
 
-SQRT = adabatch.sqrt_scaling()
+SQRT = {"scaling": adabatch.sqrt_scaling()}
 CHOICES: dict[str, Policy] = {
     **{f"η = {eta:g}": norm_test(eta) for eta in (0.25, 0.5, 1.0, 2.0, 4.0)},
-    **{f"η = {eta:g}, rate × √b": norm_test(eta, SQRT) for eta in (0.25, 0.5, 1.0, 2.0, 4.0)},
-    "η = 1, rate × b": norm_test(1.0, adabatch.linear_scaling()),
-    "η = 1, rate × √b, single examples": norm_test(1.0, SQRT, groups=0),
-    **{f"η = 1, rate × √b, {n} groups": norm_test(1.0, SQRT, groups=n) for n in (64, 4, 2)},
-    "η = 1, rate × √b, 1 sign vector": norm_test(1.0, SQRT, groups=1, signs=True),
-    "η = 1, rate × √b, 4 groups, smoothed": dataclasses.replace(
-        criterion(adabatch.norm_test(1.0), scaling=SQRT, smoothing=0.9, debias=True), groups=4
-    ),
+    **{f"η = {eta:g}, rate × √b": norm_test(eta, **SQRT) for eta in (0.25, 0.5, 1.0, 2.0, 4.0)},
+    "η = 1, rate × b": norm_test(1.0, scaling=adabatch.linear_scaling()),
+    "η = 1, rate × √b, single examples": norm_test(1.0, 0, **SQRT),
+    **{f"η = 1, rate × √b, {n} groups": norm_test(1.0, n, **SQRT) for n in (64, 4, 2)},
+    "η = 1, rate × √b, 1 sign vector": norm_test(1.0, 1, True, **SQRT),
+    "η = 1, rate × √b, 4 groups, smoothed": norm_test(1.0, 4, **SQRT, smoothing=0.9, debias=True),
 }
 
 

@@ -20,6 +20,9 @@ import optax
 from adabatch_jax.training import load_dataset
 from adabatch_jax.training._report import atomic_path, write_json
 
+CSV_OPTION: dict[str, Any] = dict(
+    type=Path, help="write the tables here as well, a row for every cell"
+)
 Result = dict[str, Any]
 Wanted = Callable[[dict[str, Result]], list[tuple[str, Callable[[], Result]]]]
 
@@ -102,6 +105,11 @@ def save_table(rows: list[Result], table: str, folder: Path, copy: Path | None =
             writer = csv.DictWriter(file, list(short[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(short)
+
+
+def save_tables(text: str, folder: Path, copy: Path | None) -> None:
+    """`save_table` for a Markdown text with any tables, a row for every cell."""
+    save_table(cells_of(text), text, folder, copy)
 
 
 def cells_of(text: str) -> list[Result]:

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import cells_of, cross_entropy, data, make_accuracy, octaves, run_all, save_table
+from common import CSV_OPTION, cross_entropy, data, make_accuracy, octaves, run_all, save_tables
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import Feed
@@ -256,9 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--out", type=Path, default=Path("runs/lanczos-learner"))
-    parser.add_argument(
-        "--csv", type=Path, help="write the tables here as well, a row for every cell"
-    )
+    parser.add_argument("--csv", **CSV_OPTION)
     options = parser.parse_args()
     tables = []
     for name in options.nets:
@@ -272,7 +270,7 @@ def main() -> None:
         tables.append(table(name, run_all(options.out / f"{name}.json", wanted)))
         print(tables[-1])
     text = "\n".join(tables)
-    save_table(cells_of(text), text, options.out, options.csv)
+    save_tables(text, options.out, options.csv)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from common import cells_of, run_all, save_table
+from common import CSV_OPTION, run_all, save_tables
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import TrainConfig, load_dataset, run_steps
@@ -94,9 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/scaling-rules"))
-    parser.add_argument(
-        "--csv", type=Path, help="write the tables here as well, a row for every cell"
-    )
+    parser.add_argument("--csv", **CSV_OPTION)
     options = parser.parse_args()
 
     def wanted(done: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -111,7 +109,7 @@ def main() -> None:
         ]
 
     result = table(run_all(options.out / "runs.json", wanted))
-    save_table(cells_of(result), result, options.out, options.csv)
+    save_tables(result, options.out, options.csv)
     print(result)
 
 

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import cells_of, run_all, save_table
+from common import CSV_OPTION, run_all, save_tables
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from stability_runs import (
@@ -212,14 +212,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--out", type=Path, default=Path("runs/stable-learning-rate"))
-    parser.add_argument(
-        "--csv", type=Path, help="write the tables here as well, a row for every cell"
-    )
+    parser.add_argument("--csv", **CSV_OPTION)
     options = parser.parse_args()
     store = options.out / "runs.json"
     done = run_all(store, lambda done: wanted(done, options.parts))
     result = rate_tables(done) + "\n" + damping_tables(done)
-    save_table(cells_of(result), result, options.out, options.csv)
+    save_tables(result, options.out, options.csv)
     draw_figure(done, options.out / "figure.png")
     print(result)
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName
 from adabatch_jax.noise._estimate import estimator
 from adabatch_jax.noise._gradient_noise import GradientNoise
 from adabatch_jax.noise._groups import is_key
@@ -21,11 +20,8 @@ PyTree = Any
 def value_and_grad_structured(
     loss_fn: Callable[..., Any],
     *,
-    has_aux: bool = False,
-    axis_name: AxisName = None,
     vectorize: int | None = None,
-    coordinate_wise: bool = False,
-    inner_products: bool = False,
+    **options: Any,
 ) -> Callable[..., tuple[Any, GradientNoise]]:
     """`value_and_grad_noise` over groups of one example, at little more than the price of a plain step.
 
@@ -35,11 +31,8 @@ def value_and_grad_structured(
 
     Args:
       loss_fn: as for `value_and_grad_noise`.
-      has_aux: the same.
-      axis_name: the same.
       vectorize: examples that go together; all by default.
-      coordinate_wise: as for `value_and_grad_noise`.
-      inner_products: the same.
+      **options: has_aux, axis_name, coordinate_wise, inner_products: as for `value_and_grad_noise`.
 
     Returns:
       A function like that of `value_and_grad_noise`, of groups [num_groups, 1, …].
@@ -61,20 +54,12 @@ def value_and_grad_structured(
     """
     if vectorize is not None:
         _validate.positive_int("value_and_grad_structured", vectorize=vectorize)
-    measured = estimator(
-        loss_fn,
-        has_aux=has_aux,
-        axis_name=axis_name,
-        vectorize=vectorize,
-        coordinate_wise=coordinate_wise,
-        inner_products=inner_products,
-        together=batch_tally,
-    )
+    measured = estimator(loss_fn, vectorize=vectorize, lanes=False, together=batch_tally, **options)
 
-    def fn(params: PyTree, groups: PyTree, *args: Any, **options: Any) -> Any:
+    def fn(params: PyTree, groups: PyTree, *args: Any, **given: Any) -> Any:
         params, groups = jax.tree.map(jnp.asarray, (params, groups))
         check_single_examples(params, groups)
-        return measured(params, groups, *args, **options)
+        return measured(params, groups, *args, **given)
 
     return fn
 
