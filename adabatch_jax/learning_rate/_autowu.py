@@ -99,8 +99,8 @@ def scale_by_autowu(
       smoother: "rbf", the paper's (random subsets of the losses), or "quasisep" (all of them; see
         the guide of `adabatch_jax.learning_rate`).
       peak_at: the rate to turn back to: that of the "minimum", or the "earliest" whose smoothed loss is
-        within two posterior standard deviations of the minimum. In a flat valley the lowest point is
-        a matter of chance; its brink is not.
+        within two posterior standard deviations of the minimum, by any of the tests in a row. In a
+        flat valley the lowest point is a matter of chance; its brink is not.
       peak_factor: > 0; on that rate when the warm-up turns back to it, up to the last rate of the
         warm-up.
       ramp_fraction: ≥ 0; after the warm-up the rate rises linearly from a third of the peak to all of
@@ -109,7 +109,7 @@ def scale_by_autowu(
         "minimum" of the smoothed losses even so.
       watch_divergence: end the warm-up at once, at the rate of the minimum, when the loss is not
         finite or its average rises further above its start than it had fallen below. After the
-        warm-up, halve the rate whenever the average gives back a quarter of what the loss had won.
+        warm-up, halve the rate whenever the average gives back half of what the loss had won.
         (Average: decay 0.7; both with a margin of 4 standard deviations of the first 8 losses.)
       warmup_over: leave the test out of the program, which then compiles in a quarter of the time. For
         a program that only sees states whose warm-up has ended: state and numbers are the same. A
@@ -342,6 +342,9 @@ def _test(
         peak = jnp.where(good > 0, peak, rate)
     factor = jnp.asarray(plan.peak_factor).astype(jnp.float32)
     peak = jnp.minimum(factor * peak, jnp.maximum(peak, rate))
+    if plan.peak_at == "earliest":  # seen by one test of the row, it is good enough for all
+        before = jnp.where(state.yes_in_a_row > 0, state.peak_learning_rate, jnp.inf)
+        peak = jnp.minimum(peak, before)
     reason = jnp.where(stop, int(WarmupEnd.AT_LIMIT), state.warmup_end)
     reason = jnp.where(past, int(WarmupEnd.MINIMUM_PASSED), reason)
     reason = jnp.where(diverged, int(WarmupEnd.DIVERGED), reason)
@@ -354,7 +357,7 @@ def _test(
         "minimum_location": mean(draws.location),
         "tests_made": state.tests_made + 1,
         "failed_draws": state.failed_draws + jnp.sum(~ok, dtype=jnp.int32),
-        "peak_learning_rate": jnp.where(switch, peak, state.peak_learning_rate),
+        "peak_learning_rate": jnp.where(switch | (streak > 0), peak, 0.0).astype(jnp.float32),
         "warmup_end": reason.astype(jnp.int32),
     }
 

@@ -11,7 +11,7 @@ import optax
 _FIRST = 8  # losses that say where the run began
 _DECAY = 0.7  # of the average that must exceed the bound: one outlier is no divergence
 _WARMUP_SHARE = 2.0  # of what the loss has won that it may give back during the warm-up …
-_LATER_SHARE = 0.25  # … and after it
+_LATER_SHARE = 0.5  # … and after it: a short rise that training takes in its stride is none
 _DEVIATIONS = 4.0
 
 
@@ -35,10 +35,12 @@ def no_level() -> LossLevel:
 def follow(
     level: LossLevel, loss: jax.Array, position: jax.Array, rises: jax.Array
 ) -> tuple[LossLevel, jax.Array, jax.Array]:
-    """The level after one more loss; that loss, clipped at the bound; and whether it diverged.
+    """The level after one more loss; that loss, clipped for the smoother; and whether it diverged.
 
     bound = lowest + share · (first − lowest) + 4 standard deviations of the first losses, with share
-    2 while the learning rate rises, ¼ afterwards: what the average may give back of what it had won.
+    2 while the learning rate rises, ½ afterwards: what the average may give back of what it had won.
+    The smoother sees losses up to 4 standard deviations above where the run began: how far it explodes
+    says nothing about where it was lowest, and would be taken for noise.
     A loss that is not finite diverges at once, unless nothing finite was seen before it. After a
     divergence the lowest is where the average is: the next must rise as far again.
     """
@@ -53,8 +55,8 @@ def follow(
     average = _DECAY * level.average + (1.0 - _DECAY) * loss
     average, lowest = (jnp.where(level.seen == 0, loss, x) for x in (average, level.lowest))
     share = jnp.where(rises, _WARMUP_SHARE, _LATER_SHARE)
-    bound = lowest + share * (first - lowest) + _DEVIATIONS * deviation
-    bound = jnp.where(early, jnp.inf, bound)
+    margin = jnp.where(early, jnp.inf, _DEVIATIONS * deviation)
+    bound = lowest + share * (first - lowest) + margin
     diverged = jnp.where(finite, average > bound, level.seen > 0)
     lowest = jnp.where(diverged & ~rises, average, jnp.minimum(lowest, average))
     after = LossLevel(
@@ -66,4 +68,4 @@ def follow(
         lowest_position=jnp.where(average <= lowest, position, level.lowest_position),
     )
     after = jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, level)
-    return after, jnp.minimum(loss, bound), diverged
+    return after, jnp.minimum(loss, first + margin), diverged

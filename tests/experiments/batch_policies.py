@@ -23,7 +23,7 @@ is 0.5 to 1.0 points above the line on the four MLPs, and up to 1.2 below it wit
 regression. A fixed ramp is on it or just above, CABS between +0.7 and −0.5. Below it: the noise scale (up
 to 3.5 points) and the coordinate test (up to 2.3).
 
-Of the norm test's choices, on the first task: at a constant rate η = 0.25, 0.5, 1 lie −0.6, −0.4, 0.0 points
+Of the norm test's choices, first task: at a constant rate η = 0.25, 0.5, 1 lie −0.6, −0.4, 0.0 points
 above the line in 50, 74, 183 steps; with the rate × √b +0.2, +0.3, +0.6 in 59, 107, 364; with the rate × b
 −0.6. At η = 2 and 4 the batch never grows, since noise inflates the gradient's own length. The estimator
 matters little: single examples, 64, 16 and 4 groups, one sign vector lie 0.5 to 0.9 above in about 330
