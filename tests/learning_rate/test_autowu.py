@@ -145,6 +145,25 @@ def test_the_peak_is_at_the_minimum_or_at_the_earliest_rate_as_good(monkeypatch)
         np.testing.assert_allclose(states.peak_learning_rate[-1], expected, rtol=1e-4)
 
 
+def test_the_earliest_rate_is_the_lowest_of_the_tests_in_a_row(monkeypatch):
+    """Three tests, a step of 5 apart: what the first found counts only if the second agrees."""
+
+    def known(second):
+        def test(state, x, y, count, *_):
+            which = count // 5 - 1
+            yes, earliest = jnp.array([1.0, second, 1.0, 1.0]), jnp.array([0.4, 0.9, 0.6, 0.9])
+            return state, Draws(yes[which][None], jnp.full(1, 0.9), earliest[which][None])
+
+        return lambda: _autowu.rbf_smoother()._replace(test=test)
+
+    for second, step, place in [(1.0, 4, 0.4), (0.0, 14, 0.6)]:
+        monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", known(second))
+        _, states = run(schedule.__wrapped__(patience=2, peak_at="earliest"), BOWL)
+        last = float(states.autowu_learning_rate[step])
+        expected = 1e-5 * (last / 1e-5) ** place
+        np.testing.assert_allclose(states.peak_learning_rate[-1], expected, rtol=1e-4)
+
+
 def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
     """A plateau of 32 noisy losses, a fall, a rise: 24 runs, at most one of which may end early."""
     w = 70
@@ -240,6 +259,8 @@ def test_a_divergence_ends_the_warm_up_at_once(bad):
     assert int(states.warmup_end[-1]) == WarmupEnd.DIVERGED
     assert int(states.peak_position[-1]) == 19
     assert rise(30)[12] < float(states.peak_learning_rate[18]) < rise(30)[18]
+    level = np.mean(losses[:8]) + 4 * np.std(losses[:8], ddof=1)
+    assert np.max(states.loss_history.losses[-1]) <= level + 1e-4  # higher would be taken for noise
     _, states = run(schedule(smoother="quasisep", patience=9), losses)
     assert int(states.warmup_end[-1]) == WarmupEnd.AT_LIMIT
 
