@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,16 @@ def test_a_small_run_prints_its_result_and_where_it_lies(tmp_path, capsys):
     assert f"summary.json, run.png and checkpoint are in {tmp_path / 'a'}" in said
     assert "\x1b" not in said, "piped output carries no control characters"
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["examples"] == 2 * 1437
+
+
+def test_help_that_nobody_reads_on_is_no_error(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["train", "--help"]) == 0
+        print("what follows goes nowhere")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
