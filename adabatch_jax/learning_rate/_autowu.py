@@ -109,7 +109,7 @@ def scale_by_autowu(
         "minimum" of the smoothed losses even so.
       watch_divergence: end the warm-up at once, at the rate of the minimum, when the loss is not
         finite or its average rises further above its start than it had fallen below. After the
-        warm-up, halve the rate whenever the average gives back half of what the loss had won.
+        warm-up, halve the rate whenever the average gives back a quarter of what the loss had won.
         (Average: decay 0.7; both with a margin of 4 standard deviations of the first 8 losses.)
       warmup_over: leave the test out of the program, which then compiles in a quarter of the time. For
         a program that only sees states whose warm-up has ended: state and numbers are the same. A

@@ -11,7 +11,7 @@ import optax
 _FIRST = 8  # losses that say where the run began
 _DECAY = 0.7  # of the average that must exceed the bound: one outlier is no divergence
 _WARMUP_SHARE = 2.0  # of what the loss has won that it may give back during the warm-up …
-_LATER_SHARE = 0.5  # … and after it: a short rise that training takes in its stride is none
+_LATER_SHARE = 0.25  # … and after it
 _DEVIATIONS = 4.0
 
 
@@ -38,7 +38,7 @@ def follow(
     """The level after one more loss; that loss, clipped for the smoother; and whether it diverged.
 
     bound = lowest + share · (first − lowest) + 4 standard deviations of the first losses, with share
-    2 while the learning rate rises, ½ afterwards: what the average may give back of what it had won.
+    2 while the learning rate rises, ¼ afterwards: what the average may give back of what it had won.
     The smoother sees losses up to 4 standard deviations above where the run began: how far it explodes
     says nothing about where it was lowest, and would be taken for noise.
     A loss that is not finite diverges at once, unless nothing finite was seen before it. After a

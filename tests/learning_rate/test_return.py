@@ -124,10 +124,10 @@ def test_a_setback_leads_back_to_a_snapshot_that_was_renewed_after_the_warm_up()
         optax.chain(optax.trace(0.9), schedule(watch_divergence=True, steps_per_test=3))
     )
     losses = np.where(np.arange(T) < 45, np.linspace(3.0, 1.0, T), 2.9)
-    done = run(optimizer, losses, until=50)
+    done = run(optimizer, losses, until=48)
     schedules = [inner(s)[1] for s in done.states]
     assert int(schedules[-1].warmup_end) == WarmupEnd.AT_LIMIT
-    (t,) = [i for i in range(1, 51) if int(schedules[i].setbacks) > int(schedules[i - 1].setbacks)]
+    (t,) = [i for i in range(1, 49) if int(schedules[i].setbacks) > int(schedules[i - 1].setbacks)]
     assert int(done.states[t].returns_made) == 1 + int(done.states[t - 1].returns_made) == 1
     taken = [int(s.snapshots_taken) for s in done.states]
     last = max(i for i in range(1, t) if taken[i] > taken[i - 1])
