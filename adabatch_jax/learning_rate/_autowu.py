@@ -98,9 +98,10 @@ def scale_by_autowu(
         in pairs. The steps clock keeps every loss of the warm-up.
       smoother: "rbf", the paper's (random subsets of the losses), or "quasisep" (all of them; see
         the guide of `adabatch_jax.learning_rate`).
-      peak_at: the rate to turn back to: that of the "minimum", or the "earliest" whose smoothed loss is
-        within two posterior standard deviations of the minimum, by any of the tests in a row. In a
-        flat valley the lowest point is a matter of chance; its brink is not.
+      peak_at: the rate to turn back to: that of the "minimum"; or the "earliest" whose smoothed loss is
+        within two posterior standard deviations of the minimum, since in a flat valley the lowest point
+        is a matter of chance, its brink is not; or "confirmed", the lower of those that the last two
+        tests found.
       peak_factor: > 0; on that rate when the warm-up turns back to it, up to the last rate of the
         warm-up.
       ramp_fraction: ≥ 0; after the warm-up the rate rises linearly from a third of the peak to all of
@@ -342,8 +343,9 @@ def _test(
         peak = jnp.where(good > 0, peak, rate)
     factor = jnp.asarray(plan.peak_factor).astype(jnp.float32)
     peak = jnp.minimum(factor * peak, jnp.maximum(peak, rate))
-    if plan.peak_at == "earliest":  # seen by one test of the row, it is good enough for all
-        before = jnp.where(state.yes_in_a_row > 0, state.peak_learning_rate, jnp.inf)
+    seen = peak
+    if plan.peak_at == "confirmed":
+        before = jnp.where(state.tests_made > 0, state.peak_learning_rate, jnp.inf)
         peak = jnp.minimum(peak, before)
     reason = jnp.where(stop, int(WarmupEnd.AT_LIMIT), state.warmup_end)
     reason = jnp.where(past, int(WarmupEnd.MINIMUM_PASSED), reason)
@@ -357,7 +359,7 @@ def _test(
         "minimum_location": mean(draws.location),
         "tests_made": state.tests_made + 1,
         "failed_draws": state.failed_draws + jnp.sum(~ok, dtype=jnp.int32),
-        "peak_learning_rate": jnp.where(switch | (streak > 0), peak, 0.0).astype(jnp.float32),
+        "peak_learning_rate": jnp.where(switch, peak, seen).astype(jnp.float32),
         "warmup_end": reason.astype(jnp.int32),
     }
 

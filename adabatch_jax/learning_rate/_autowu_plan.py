@@ -13,7 +13,7 @@ WARMUPS = ("exponential", "linear")
 UNITS = ("step", "epoch")
 DECAYS = ("cosine", "half_cosine")
 AT_LIMIT = ("last", "minimum")
-PEAK_AT = ("minimum", "earliest")
+PEAK_AT = ("minimum", "earliest", "confirmed")
 _RAMP_START = 1.0 / 3.0  # of the peak, where a ramp begins
 _NAME = "scale_by_autowu"
 

@@ -8,12 +8,12 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
-from adabatch_jax.learning_rate._kind import PEAK_FACTOR, kind_of
+from adabatch_jax.learning_rate._kind import PEAK_AT, PEAK_FACTOR, kind_of
 
 _DEFAULTS: dict[str, Any] = dict(
     patience=2,
     smoother="quasisep",
-    peak_at="earliest",
+    peak_at=PEAK_AT,
     peak_factor=PEAK_FACTOR,
     ramp_fraction=0.5,
     at_limit="minimum",
@@ -38,11 +38,11 @@ def scale_by_improved_autowu(
     (`smoother="quasisep"`); two in a row end it (`patience=2`), at its limit it turns back to the
     minimum too (`at_limit`), and a loss that explodes or is not finite ends it at once, and halves
     the rate later on (`watch_divergence`). The minimum of a flat valley, or the second of two, lies
-    where chance puts it: the rate is that of the earliest point as low to two standard deviations
-    (`peak_at`), which is steady, and low; the peak is four times it (`peak_factor`), and halved where
-    that is too high. Since the loss is most curved just there, the rate rises to the peak from a third,
-    in half the time of the warm-up (`ramp_fraction`). Wrap the optimizer in `return_to_minimum` to also
-    go back to the parameters of the minimum.
+    where chance puts it: the rate is that of the earliest point as low to two standard deviations, the
+    lower of two tests (`peak_at`), which is steady, and low; the peak is four times it (`peak_factor`),
+    and halved where that is too high. Since the loss is most curved just there, the rate rises to the
+    peak from a third, in half the time of the warm-up (`ramp_fraction`). Wrap the optimizer in
+    `return_to_minimum` to also go back to the parameters of the minimum.
 
     The defaults were chosen on 10,000 images held out of the training sets of the tasks in
     `tests/experiments/autowu_quality.py`, which compares the result with a tuned rate.
@@ -54,7 +54,7 @@ def scale_by_improved_autowu(
       num_tests: tests during the warm-up, at most; at least 2.
       direction: what the schedule is chained behind, `optax.scale_by_adam()` for instance. It is tried
         on one parameter, once, and `peak_factor` is 1 if its steps are as long as the parameters
-        (LAMB), 8 if they shrink while it gathers squares (AdaGrad), else 4.
+        (LAMB), 8 if they shrink while it gathers squares (AdaGrad; of the last test alone), else 4.
       **autowu_options: passed to `scale_by_autowu`, whose defaults they replace.
 
     Returns:
@@ -90,5 +90,5 @@ def scale_by_improved_autowu(
     options: dict[str, Any] = {f"total_{unit}": total, f"{unit}_per_test": interval, **_DEFAULTS}
     if direction is not None:
         kind = kind_of(direction, where, "give peak_factor= instead of direction=")
-        options["peak_factor"] = kind.peak_factor
+        options |= kind.autowu_options
     return scale_by_autowu(max_warmup_fraction=max_warmup_fraction, **(options | autowu_options))

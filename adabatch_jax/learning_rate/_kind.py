@@ -12,17 +12,23 @@ import optax
 from adabatch_jax.learning_rate._scaling import linear_scaling, sqrt_scaling
 
 PyTree = Any
-PEAK_FACTOR = 4.0  # of AutoWU, or by the kind of the direction:
+PEAK_AT, PEAK_FACTOR = "confirmed", 4.0  # of AutoWU, or by the kind of the direction:
 _PEAK_FACTOR_ACCUMULATED = 8.0  # steps that shrink while squares are gathered: AdaGrad
 _PEAK_FACTOR_RELATIVE = 1.0  # steps that are a part of the parameters: LAMB
 _LATE = 256  # steps after which it is looked at whether a direction still shrinks
 
 
 class Kind(NamedTuple):
-    """How a rate follows the batch, and how far it may go beyond where the loss turned."""
+    """How a rate follows the batch, and how AutoWU finds its peak."""
 
     scaling: Callable[..., Any]
-    peak_factor: float
+    peak_factor: float = PEAK_FACTOR
+    peak_at: str = PEAK_AT
+
+    @property
+    def autowu_options(self) -> dict[str, Any]:
+        """For `scale_by_autowu`."""
+        return {"peak_factor": self.peak_factor, "peak_at": self.peak_at}
 
 
 def kind_of(direction: optax.GradientTransformation, where: str, remedy: str) -> Kind:
@@ -62,10 +68,11 @@ def kind_of(direction: optax.GradientTransformation, where: str, remedy: str) ->
             "learning rate, optax.scale_by_adam() instead of optax.adam(1e-3)"
         )
     if twice > 2**0.5 * once:
-        return Kind(linear_scaling(), PEAK_FACTOR)
+        return Kind(linear_scaling())
     if larger > 2**0.5 * once:
         return Kind(sqrt_scaling(), _PEAK_FACTOR_RELATIVE)
     # By a half in four times as many steps; averages of squares have settled by then.
     if later[-1] < 0.6 * later[_LATE // 4 - 2]:
-        return Kind(sqrt_scaling(), _PEAK_FACTOR_ACCUMULATED)
-    return Kind(sqrt_scaling(), PEAK_FACTOR)
+        # Its minimum moves up from test to test: the last knows it best.
+        return Kind(sqrt_scaling(), _PEAK_FACTOR_ACCUMULATED, "earliest")
+    return Kind(sqrt_scaling())

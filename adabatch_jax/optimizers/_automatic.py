@@ -16,7 +16,7 @@ from adabatch_jax.learning_rate import (
     scale_by_batch_size,
     scale_by_improved_autowu,
 )
-from adabatch_jax.learning_rate._kind import PEAK_FACTOR, Kind, kind_of
+from adabatch_jax.learning_rate._kind import Kind, kind_of
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
@@ -118,9 +118,9 @@ def automatic(
         max_batch_size=max_batch_size,
         **{**BATCH_SIZE_OPTIONS, **batch_size_options},
     )
-    kind = Kind(scaling, PEAK_FACTOR) if scaling else kind_of(direction, "automatic", _REMEDY)
+    kind = Kind(scaling) if scaling else kind_of(direction, "automatic", _REMEDY)
     scale = scale_by_batch_size(kind.scaling, base_batch_size=initial_batch_size)
-    found = dict(max_warmup_fraction=_WARMUP, peak_factor=kind.peak_factor)
+    found = dict(max_warmup_fraction=_WARMUP, **kind.autowu_options)
     schedule = scale_by_improved_autowu(
         total_examples=total_examples, **{**found, **(autowu_options or {})}
     )

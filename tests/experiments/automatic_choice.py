@@ -39,7 +39,6 @@ import numpy as np
 from automatic_verdict_runs import Task, constant, keep_compiled, run
 from common import run_all, save_table
 
-from adabatch_jax.learning_rate import _improved
 from adabatch_jax.learning_rate._kind import kind_of
 from adabatch_jax.optimizers import _automatic
 
@@ -79,12 +78,9 @@ def automatic_run(task: Task, optimizer: str, first: int, way: Way, seed: int) -
     options = dict(initial_batch_size=first, eta=way.eta, growth_limit=way.growth_limit)
     changed: dict[str, Any] = {"_WARMUP": way.warmup}
     if way.factor is not None:
-        changed["kind_of"] = lambda *given: kind_of(*given)._replace(peak_factor=way.factor)
-    peak_at = "earliest" if way.factor is None else "minimum"
-    with (
-        mock.patch.multiple(_automatic, **changed),
-        mock.patch.dict(_improved._DEFAULTS, peak_at=peak_at),
-    ):
+        other = {"peak_factor": way.factor, "peak_at": "minimum"}
+        changed["kind_of"] = lambda *given: kind_of(*given)._replace(**other)
+    with mock.patch.multiple(_automatic, **changed):
         return run(task, False, seed, optimizer=optimizer, auto=True, **options)
 
 

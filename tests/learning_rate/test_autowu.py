@@ -145,23 +145,20 @@ def test_the_peak_is_at_the_minimum_or_at_the_earliest_rate_as_good(monkeypatch)
         np.testing.assert_allclose(states.peak_learning_rate[-1], expected, rtol=1e-4)
 
 
-def test_the_earliest_rate_is_the_lowest_of_the_tests_in_a_row(monkeypatch):
-    """Three tests, a step of 5 apart: what the first found counts only if the second agrees."""
+@pytest.mark.parametrize(
+    ("first", "step", "place"), [(0.4, 4, 0.4), (0.95, 9, 0.3)], ids=["first", "second"]
+)
+def test_a_confirmed_rate_is_the_lower_of_the_last_two_tests(monkeypatch, first, step, place):
+    def test(state, x, y, count, *_):
+        earliest = jnp.where(count <= 5, first, 0.3)
+        return state, Draws(jnp.ones(1), jnp.full(1, 0.9), earliest[None])
 
-    def known(second):
-        def test(state, x, y, count, *_):
-            which = count // 5 - 1
-            yes, earliest = jnp.array([1.0, second, 1.0, 1.0]), jnp.array([0.4, 0.9, 0.6, 0.9])
-            return state, Draws(yes[which][None], jnp.full(1, 0.9), earliest[which][None])
-
-        return lambda: _autowu.rbf_smoother()._replace(test=test)
-
-    for second, step, place in [(1.0, 4, 0.4), (0.0, 14, 0.6)]:
-        monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", known(second))
-        _, states = run(schedule.__wrapped__(patience=2, peak_at="earliest"), BOWL)
-        last = float(states.autowu_learning_rate[step])
-        expected = 1e-5 * (last / 1e-5) ** place
-        np.testing.assert_allclose(states.peak_learning_rate[-1], expected, rtol=1e-4)
+    known = lambda: _autowu.rbf_smoother()._replace(test=test)  # noqa: E731
+    monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", known)
+    _, states = run(schedule.__wrapped__(patience=2, peak_at="confirmed"), BOWL)
+    last = float(states.autowu_learning_rate[step])
+    np.testing.assert_allclose(states.peak_learning_rate[-1], 1e-5 * (last / 1e-5) ** place, 1e-4)
+    assert np.isnan(states.report_metrics()["peak_learning_rate"][4])  # not decided yet
 
 
 def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
