@@ -186,7 +186,9 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="longer and larger: for a GPU")
     parser.add_argument("--mnist", type=Path, metavar="FOLDER", help="where its IDX files lie")
     parser.add_argument("--text", type=Path, metavar="FILE", help="the text")
-    parser.add_argument("--csv", type=Path, help="write the table here as well")
+    parser.add_argument(
+        "--csv", type=Path, help="write the table here as well, beside other tasks'"
+    )
     parser.add_argument("--only-report", action="store_true", help="of the runs that there are")
     parser.add_argument("--out", type=Path, default=Path("runs/automatic-verdict"))
     options = parser.parse_args()
@@ -209,7 +211,7 @@ def main() -> None:
         print("nothing is finished yet")
         return
     table = markdown(found)
-    save_table(found, table, options.out, options.csv)
+    save_table(found, table, options.out, options.csv, ("task", "epochs"))
     print(table)
 
 

@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("--choices", action="store_true", help="the norm test's, on one task")
     parser.add_argument("--full", action="store_true", help="CNN and residual network: for a GPU")
     parser.add_argument("--mnist", metavar="FOLDER", help="where the IDX files of MNIST lie")
-    parser.add_argument("--csv", type=Path, help="write the table here as well")
+    parser.add_argument(
+        "--csv", type=Path, help="write the table here as well, beside other tasks'"
+    )
     parser.add_argument("--only-report", action="store_true", help="of the runs that there are")
     parser.add_argument("--out", type=Path, default=Path("runs/batch-policies"))
     options = parser.parse_args()
@@ -143,7 +145,8 @@ def main() -> None:
         print("no policy is finished yet")
         return
     table = "\n\n".join(filter(None, (markdown(found), distances(found))))
-    save_table(found, table, options.out, options.csv)
+    task_columns = ("dataset", "model", "optimizer", "epochs")
+    save_table(found, table, options.out, options.csv, task_columns)
     for task in tasks:
         of_task = [row for row in found if names_of(row) == tuple(str(task).split()[:3])]
         if any(r["policy"].startswith("constant") for r in of_task):

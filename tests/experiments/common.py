@@ -95,16 +95,39 @@ def run_all(store: Path, wanted: Wanted) -> dict[str, Result]:
     return done
 
 
-def save_table(rows: list[Result], table: str, folder: Path, copy: Path | None = None) -> None:
-    """As table.md and table.csv in a folder, and as CSV in a second place; floats with six digits."""
+def save_table(
+    rows: list[Result],
+    table: str,
+    folder: Path,
+    copy: Path | None = None,
+    task: tuple[str, ...] = (),
+) -> None:
+    """As table.md and table.csv in a folder, and as CSV in a second place; floats with six digits.
+
+    `task` are the columns that name a task: rows of other tasks stay in the second place, so that tasks
+    which were run one by one come together there.
+    """
     (folder / "table.md").write_text(table.rstrip() + "\n", encoding="utf-8")
     short = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
-    for path in filter(None, (folder / "table.csv", copy)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(short[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(short)
+    write_csv(folder / "table.csv", short)
+    if copy is not None:
+        before = read_csv(copy) if task and copy.exists() else []
+        name = lambda row: tuple(str(row[column]) for column in task)  # noqa: E731
+        made = {name(row) for row in short}
+        write_csv(copy, [row for row in before if name(row) not in made] + short)
+
+
+def read_csv(path: Path) -> list[Result]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, rows: list[Result]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def save_tables(text: str, folder: Path, copy: Path | None) -> None:
