@@ -236,7 +236,8 @@ def _evaluate(apply, params, x, y):
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, xy[1])
         return losses.mean(), jnp.mean(jnp.argmax(logits, axis=-1) == xy[1])
 
-    pieces = lambda a: a.reshape(10, -1, *a.shape[1:])  # noqa: E731
+    # Parts that fit the cache: a CNN takes half the time of a tenth of the examples at once.
+    pieces = lambda a: a.reshape(100, -1, *a.shape[1:])  # noqa: E731
     return jax.tree.map(jnp.mean, jax.lax.map(part, (pieces(x), pieces(y))))
 
 
