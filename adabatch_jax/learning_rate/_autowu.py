@@ -343,7 +343,7 @@ def _test(
         peak = jnp.where(good > 0, peak, rate)
     factor = jnp.asarray(plan.peak_factor).astype(jnp.float32)
     peak = jnp.minimum(factor * peak, jnp.maximum(peak, rate))
-    seen = peak
+    of_this_test = peak
     if plan.peak_at == "confirmed":
         before = jnp.where(state.tests_made > 0, state.peak_learning_rate, jnp.inf)
         peak = jnp.minimum(peak, before)
@@ -359,7 +359,7 @@ def _test(
         "minimum_location": mean(draws.location),
         "tests_made": state.tests_made + 1,
         "failed_draws": state.failed_draws + jnp.sum(~ok, dtype=jnp.int32),
-        "peak_learning_rate": jnp.where(switch, peak, seen).astype(jnp.float32),
+        "peak_learning_rate": jnp.where(switch, peak, of_this_test),
         "warmup_end": reason.astype(jnp.int32),
     }
 

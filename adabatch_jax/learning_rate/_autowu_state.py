@@ -47,7 +47,7 @@ class ScaleByAutowuState(NamedTuple):
     autowu_learning_rate: jax.Array  # float32: the rate last applied
     autowu_phase: jax.Array  # int32: AutowuPhase of that step
     warmup_end: jax.Array  # int32: WarmupEnd
-    peak_learning_rate: jax.Array  # float32: during the warm-up what the last test would make of it
+    peak_learning_rate: jax.Array  # float32: after the warm-up; before, of the last test alone
     peak_position: jax.Array  # float32: where the warm-up ended, in units of the clock
     autowu_clock: jax.Array  # uint32 [2]: steps or examples so far
     first_increment: jax.Array  # int32: examples of the first step (1 for the steps clock)

@@ -8,12 +8,12 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
-from adabatch_jax.learning_rate._kind import PEAK_AT, PEAK_FACTOR, kind_of
+from adabatch_jax.learning_rate._kind import PEAK_FACTOR, PEAK_PLACE, kind_of
 
 _DEFAULTS: dict[str, Any] = dict(
     patience=2,
     smoother="quasisep",
-    peak_at=PEAK_AT,
+    peak_at=PEAK_PLACE,
     peak_factor=PEAK_FACTOR,
     ramp_fraction=0.5,
     at_limit="minimum",

@@ -12,7 +12,7 @@ import optax
 from adabatch_jax.learning_rate._scaling import linear_scaling, sqrt_scaling
 
 PyTree = Any
-PEAK_AT, PEAK_FACTOR = "confirmed", 4.0  # of AutoWU, or by the kind of the direction:
+PEAK_PLACE, PEAK_FACTOR = "confirmed", 4.0  # of AutoWU, or by the kind of the direction:
 _PEAK_FACTOR_ACCUMULATED = 8.0  # steps that shrink while squares are gathered: AdaGrad
 _PEAK_FACTOR_RELATIVE = 1.0  # steps that are a part of the parameters: LAMB
 _LATE = 256  # steps after which it is looked at whether a direction still shrinks
@@ -23,7 +23,7 @@ class Kind(NamedTuple):
 
     scaling: Callable[..., Any]
     peak_factor: float = PEAK_FACTOR
-    peak_at: str = PEAK_AT
+    peak_at: str = PEAK_PLACE
 
     @property
     def autowu_options(self) -> dict[str, Any]:

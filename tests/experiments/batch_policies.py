@@ -148,9 +148,10 @@ def main() -> None:
     task_columns = ("dataset", "model", "optimizer", "epochs")
     save_table(found, table, options.out, options.csv, task_columns)
     for task in tasks:
-        of_task = [row for row in found if names_of(row) == tuple(str(task).split()[:3])]
+        names = (task.dataset, task.model, task.optimizer)
+        of_task = [row for row in found if names_of(row) == names]
         if any(r["policy"].startswith("constant") for r in of_task):
-            draw(str(task), of_task, options.out / f"{'-'.join(names_of(of_task[0]))}.png")
+            draw(str(task), of_task, options.out / f"{'-'.join(names)}.png")
     print(table)
 
 

@@ -85,18 +85,17 @@ def draw(task: str, found: list[Done], path: Path) -> None:
     figure = new_figure()
     axes = figure.subplots()
     dress(axes, "test accuracy against optimizer steps, equal examples, mean of the seeds")
-    constant = [row for row in found if is_constant(row)]
+    constant, others = [[r for r in found if is_constant(r) is wanted] for wanted in (True, False)]
     axes.plot(*coordinates(constant), "o-", color=BLUE, label="constant batches")
-    for row in found:
-        if row not in constant:
-            low, high = (float(row[f"accuracy_{end}"]) for end in ("lowest", "highest"))
-            axes.vlines(float(row["steps"]), low, high, color=ORANGE, linewidth=1)
-            axes.plot(*coordinates([row]), "o", color=ORANGE)
+    for row in others:
+        low, high = (float(row[f"accuracy_{end}"]) for end in ("lowest", "highest"))
+        axes.vlines(float(row["steps"]), low, high, color=ORANGE, linewidth=1)
+        axes.plot(*coordinates([row]), "o", color=ORANGE)
     axes.set_xscale("log")
     axes.margins(0.1)
     axes.legend(frameon=False, loc="lower right")
     figure.draw_without_rendering()  # places the axes, and with them what is asked below
-    label_points(axes, constant + [row for row in found if row not in constant])
+    label_points(axes, constant + others)
     finish(figure, task, path)
 
 
@@ -109,8 +108,7 @@ def label_points(axes: Axes, found: list[Done]) -> None:
         for x, y, side in ((-5, 5, "right"), (5, -9, "left"), (5, 5, "left"), (-5, -9, "right")):
             text = axes.annotate(name, at, (x, y), textcoords="offset points", size=8, ha=side)
             box = text.get_window_extent()
-            free = not (box.count_contains(places) or box.count_overlaps(taken))
-            if free:
+            if not (box.count_contains(places) or box.count_overlaps(taken)):
                 break
             text.remove()
         else:
