@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from tinygp import GaussianProcess
 
 NUM_POINTS = 500  # at which the curve is predicted, both ends of [0, 1] included
-_INFINITE = 1e10  # noise variance of a point that is not there; its root must fit into float32
 _AS_LOW = 2.0  # standard deviations above the minimum within which a curve counts as low
 _DIFFERENCE_VARIANCE = 1e-4  # added to the variance of a difference, as the paper's code does
 
@@ -49,13 +46,13 @@ class Smoother(NamedTuple):
 
 
 @contextlib.contextmanager
-def in_float32() -> Iterator[None]:
-    """float32 at full precision, whatever the defaults are where the smoother is traced.
+def in_floats_of(bits: int) -> Iterator[None]:
+    """float32 or float64 at full precision, whatever the defaults are where the smoother is traced.
 
     For tinygp, which has an argument for neither: its quasi-separable products would be bfloat16 on a
-    TPU, and float64 wherever a user has turned that on.
+    TPU, and all of it float64 wherever a user has turned that on, float32 wherever not.
     """
-    with jax.enable_x64(False), jax.default_matmul_precision("highest"):
+    with jax.enable_x64(bits == 64), jax.default_matmul_precision("highest"):
         yield
 
 
@@ -86,27 +83,3 @@ def draw(grid: jax.Array, posterior: Posterior) -> Draws:
         location=location(lowest),
         earliest=location(jnp.argmax(posterior.mean <= as_low)),
     )
-
-
-def posterior_on_grid(
-    kernel: Any, x: jax.Array, y: jax.Array, noise: jax.Array, here: jax.Array, mean: jax.Array
-) -> tuple[jax.Array, Posterior]:
-    """A Gaussian process given y [n] at x [n] with noise variances `noise`, where `here`.
-
-    Of the posterior covariance at the 500 points only the diagonal and the last column are formed:
-    with L Lᵀ = K + N and A = L⁻¹ k(x, ·), v = k(·, ·) − Σ A² and c = k(·, last) − Aᵀ A[:, last].
-    """
-    grid = jnp.linspace(0.0, 1.0, NUM_POINTS, dtype=jnp.float32)
-    noise = jnp.where(here, noise, _INFINITE).astype(jnp.float32)
-    process = GaussianProcess(kernel, x, diag=noise, mean=mean)
-    residual = jnp.where(here, y - mean, 0.0)
-    solved = process.solver.solve_triangular(jnp.column_stack([residual, kernel(x, grid)]))
-    weights, known = solved[:, 0], solved[:, 1:]
-    project = functools.partial(jnp.matmul, known.T, precision=jax.lax.Precision.HIGHEST)
-    prior = kernel(grid, grid[-1:])[:, 0]
-    posterior = Posterior(
-        mean=mean + project(weights),
-        variance=jnp.maximum(prior[-1] - jnp.sum(jnp.square(known), axis=0), 0.0),
-        last_covariance=prior - project(known[:, -1]),
-    )
-    return grid, jax.tree.map(lambda v: v.astype(jnp.float32), posterior)

@@ -7,27 +7,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tinygp import GaussianProcess, kernels
+from tinygp import GaussianProcess, kernels, noise
 
 from adabatch_jax.learning_rate._fit import Moments, Parameters, descend, no_moments
 from adabatch_jax.learning_rate._minimum import (
+    NUM_POINTS,
     Draws,
     Posterior,
     Smoother,
     draw,
-    in_float32,
-    posterior_on_grid,
+    in_floats_of,
 )
 
 _FIT_STEPS = 10
 _FIT_RATE = 0.1
 _FIT_SIZE = 2000  # losses, at most, that the hyper-parameters are fitted to
-_NUM_CELLS = 500  # means of consecutive losses, at most, that the curve is conditioned on
 _FIRST_LENGTH_SCALE = 0.2
 _LENGTH_SCALES = (0.05, 1.0)  # of the series at the end of the warm-up; longer before
 _LEAST_LOCATION = 0.05  # of a minimum that counts
 _LEAST_NOISE = 1e-4  # noise variance over that of the curve, at least: float32 needs some
-_INFINITE = 1e8  # the same, of a point that is not there
+_INFINITE = 1e8  # the same, of a loss that is not there
+_INSERTED = 1e6  # the same, of a point of the curve: from its square, float64 leaves 1e-10 of it
 
 
 class QuasisepFit(NamedTuple):
@@ -52,12 +52,10 @@ def quasisep_smoother() -> Smoother:
     over)² and 1 of the series: a curve that could bend faster would find minima in the noise before the
     loss has begun to fall. For the same reason a minimum in the first twentieth does not count.
 
-    The curve is conditioned on at most 500 means of equally many consecutive losses, with the noise
-    variance divided by their number: all losses count, and a mean stands at most 1/250 of the series,
-    a twelfth of the shortest length scale, away from any of its losses. (Inserting the 500 points with
-    infinite noise into the quasi-separable system of all losses is O(n) too, but in float32 its
-    deviation is wrong by factors: `tests/benchmarks/autowu_decision.py`.) Nothing is random: there is
-    one draw.
+    The curve is conditioned on all losses: the 500 points are inserted into the sorted series with
+    infinite noise. In float64, also where the step around it is float32, in which the solver's
+    recursions over neighbours so close lose everything (`tests/benchmarks/autowu_decision.py`). A TPU
+    emulates float64 by pairs of float32. Nothing is random: there is one draw.
 
     Source: Foreman-Mackey's tinygp for kernel and solver; this use of it is ours.
     """
@@ -69,7 +67,7 @@ def _init() -> QuasisepFit:
     return QuasisepFit(logs, jnp.zeros((), jnp.int32), no_moments(logs))
 
 
-@in_float32()
+@in_floats_of(32)
 def _test(
     state: QuasisepFit,
     x: jax.Array,
@@ -88,7 +86,7 @@ def _test(
 
 
 def _relative_noise(log_variance: jax.Array, log_noise: jax.Array) -> jax.Array:
-    return jnp.exp(log_noise - log_variance)
+    return jnp.maximum(jnp.exp(log_noise - log_variance), _LEAST_NOISE)
 
 
 def _thin(count: jax.Array, length: int, size: int) -> tuple[jax.Array, jax.Array]:
@@ -112,10 +110,9 @@ def _fit(
     def loss(parameters: Parameters) -> jax.Array:
         """The process for y / √variance, whose numbers are of order one, and the Jacobian."""
         log_variance, log_noise, log_length_scale = parameters
-        relative = jnp.maximum(_relative_noise(log_variance, log_noise), _LEAST_NOISE)
         kernel = kernels.quasisep.Matern52(scale=jnp.exp(log_length_scale))
-        noise = jnp.where(here, relative, _INFINITE)
-        process = GaussianProcess(kernel, x, diag=noise, assume_sorted=True)
+        diagonal = jnp.where(here, _relative_noise(log_variance, log_noise), _INFINITE)
+        process = GaussianProcess(kernel, x, diag=diagonal, assume_sorted=True)
         alpha = process.solver.solve_triangular(centred / jnp.exp(0.5 * log_variance))
         volume = 2.0 * process.solver.normalization() - x.shape[0] * np.log(2.0 * np.pi) - missing
         value = 0.5 * (jnp.sum(jnp.square(alpha)) + volume + n * log_variance) / n
@@ -149,37 +146,51 @@ def _fit(
     return QuasisepFit(fitted, state.fits + 1, moments)
 
 
-@in_float32()
+@in_floats_of(64)
 def _posterior(
     state: QuasisepFit, x: jax.Array, y: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, Posterior]:
-    length, cells = x.shape[0], min(_NUM_CELLS, x.shape[0])
-    size = jnp.maximum(-(-count // cells), 1)  # losses in a cell
-    inside = jnp.arange(-(-length // cells))
-    index = jnp.arange(cells)[:, None] * size + inside[None, :]
-    here = (index < count) & (inside[None, :] < size)
-    index = jnp.minimum(index, length - 1)
-    found = jnp.sum(here.astype(jnp.float32), axis=1)
+    """The process given the first `count` losses, at points that are losses of infinite noise.
 
-    def mean(values: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(here, values, 0.0), axis=1) / jnp.maximum(found, 1.0)
+    What all others say of point i is in P = (K + N)⁻¹ alone: mean −(P y)ᵢ / Pᵢᵢ, variance
+    1 / Pᵢᵢ − Nᵢᵢ, and with the last point, l, covariance −Pᵢₗ / (Pᵢᵢ Pₗₗ).
 
-    centre = jnp.sum(jnp.where(jnp.arange(length) < count, y, 0.0)) / jnp.maximum(count, 1).astype(
-        jnp.float32
-    )
-    log_variance, log_noise, log_length_scale = state.parameters
+    Source: Rasmussen & Williams (2006), equation 5.12.
+    """
+    length, here = x.shape[0], jnp.arange(x.shape[0]) < count
+    grid = jnp.linspace(0.0, 1.0, NUM_POINTS, dtype=jnp.float32)
+    x = jnp.where(here, x, 1.0).astype(jnp.float32)
+    order, places = _merge(x, grid)
+
+    def merged(of_losses: jax.Array, of_points: jax.Array) -> jax.Array:
+        of_points = jnp.broadcast_to(of_points, grid.shape)
+        return jnp.concatenate([of_losses, of_points]).astype(jnp.float64)[order]
+
+    log_variance, log_noise, log_length_scale = (v.astype(jnp.float64) for v in state.parameters)
+    centre = jnp.sum(jnp.where(here, y.astype(jnp.float64), 0.0)) / jnp.maximum(count, 1)
     scale = jnp.exp(0.5 * log_variance)
-    noise = _relative_noise(log_variance, log_noise) / jnp.maximum(found, 1.0)
-    kernel = kernels.Matern52(scale=jnp.exp(log_length_scale))
-    grid, unit = posterior_on_grid(
-        kernel,
-        mean(x[index]),
-        mean((y[index] - centre) / scale),
-        jnp.maximum(noise, _LEAST_NOISE),
-        found > 0,
-        jnp.zeros((), jnp.float32),
+    diagonal = jnp.where(here, _relative_noise(log_variance, log_noise), _INFINITE)
+    kernel = kernels.quasisep.Matern52(scale=jnp.exp(log_length_scale))
+    matrix = kernel.to_symm_qsm(merged(x, grid))
+    matrix += noise.Diagonal(merged(diagonal, jnp.float64(_INSERTED))).to_qsm()
+    inverse = matrix.inv()
+    values = merged(jnp.where(here, (y - centre) / scale, 0.0), jnp.float64(0.0))
+    last = jnp.zeros(length + NUM_POINTS, jnp.float64).at[places[-1]].set(1.0)
+    weights, column = (inverse @ jnp.column_stack([values, last]))[places].T
+    precision = inverse.diag.d[places]
+    variance = jnp.maximum(1.0 / precision - _INSERTED, 0.0)
+    covariance = -column / (precision * precision[-1])
+    posterior = Posterior(
+        mean=centre - scale * weights / precision,
+        variance=jnp.square(scale) * variance,
+        last_covariance=jnp.square(scale) * covariance.at[-1].set(variance[-1]),
     )
-    square = jnp.square(scale)
-    return grid, Posterior(
-        centre + scale * unit.mean, square * unit.variance, square * unit.last_covariance
-    )
+    return grid, jax.tree.map(lambda v: v.astype(jnp.float32), posterior)
+
+
+@in_floats_of(32)
+def _merge(x: jax.Array, grid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The order that sorts x and the grid, which comes last among equals, and its places in there."""
+    order = jnp.argsort(jnp.concatenate([x, grid]), stable=True)
+    number = jnp.arange(order.shape[0], dtype=order.dtype)
+    return order, jnp.zeros_like(order).at[order].set(number)[x.shape[0] :]

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tinygp import kernels
+from tinygp import GaussianProcess, kernels
 
 from adabatch_jax.learning_rate._fit import Moments, Parameters, descend, no_moments
 from adabatch_jax.learning_rate._minimum import (
+    NUM_POINTS,
     Draws,
     Posterior,
     Smoother,
     draw,
-    in_float32,
-    posterior_on_grid,
+    in_floats_of,
 )
 
 _LENGTH_SCALE = 0.2
@@ -28,6 +28,7 @@ _FIT_RATE = 0.01
 _FIT_SIZE = 100  # losses, at most, that the hyper-parameters are fitted to
 _DRAW_SIZE = 500  # losses, at most, behind one prediction
 _NUM_DRAWS = 5
+_INFINITE = 1e10  # noise variance of a point that is not there; its root must fit into float32
 
 
 class RbfFit(NamedTuple):
@@ -69,7 +70,7 @@ def _choose(key: jax.Array, length: int, count: jax.Array, size: int) -> jax.Arr
     return jax.lax.top_k(score, size)[1]
 
 
-@in_float32()
+@in_floats_of(32)
 def _test(
     state: RbfFit,
     x: jax.Array,
@@ -126,11 +127,29 @@ def _fit(state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array) -> RbfFit:
     return RbfFit(*descend(loss, *state, rate=_FIT_RATE, steps=_FIT_STEPS))
 
 
-@in_float32()
+@in_floats_of(32)
 def _posterior(
     state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, Posterior]:
+    """The process given the first `count` losses.
+
+    Of the posterior covariance at the 500 points only the diagonal and the last column are formed:
+    with L Lᵀ = K + N and A = L⁻¹ k(x, ·), v = k(·, ·) − Σ A² and c = k(·, last) − Aᵀ A[:, last].
+    """
     raw_outputscale, raw_noise, mean = state.parameters
     kernel = jax.nn.softplus(raw_outputscale) * kernels.ExpSquared(_LENGTH_SCALE)
-    noise = jnp.broadcast_to(_noise(raw_noise), x.shape)
-    return posterior_on_grid(kernel, x, y, noise, jnp.arange(x.shape[0]) < count, mean)
+    here = jnp.arange(x.shape[0]) < count
+    noise = jnp.where(here, _noise(raw_noise), _INFINITE).astype(jnp.float32)
+    grid = jnp.linspace(0.0, 1.0, NUM_POINTS, dtype=jnp.float32)
+    process = GaussianProcess(kernel, x, diag=noise, mean=mean)
+    residual = jnp.where(here, y - mean, 0.0)
+    solved = process.solver.solve_triangular(jnp.column_stack([residual, kernel(x, grid)]))
+    weights, known = solved[:, 0], solved[:, 1:]
+    project = functools.partial(jnp.matmul, known.T, precision=jax.lax.Precision.HIGHEST)
+    prior = kernel(grid, grid[-1:])[:, 0]
+    posterior = Posterior(
+        mean=mean + project(weights),
+        variance=jnp.maximum(prior[-1] - jnp.sum(jnp.square(known), axis=0), 0.0),
+        last_covariance=prior - project(known[:, -1]),
+    )
+    return grid, jax.tree.map(lambda v: v.astype(jnp.float32), posterior)

@@ -24,6 +24,8 @@ HAVE_PRODUCTS = {
     "scale_by_random_matrix",
     "scale_by_random_matrix by examples",
 }
+# Programs with the smoother of all losses, which computes in float64 on purpose.
+IN_FLOAT64 = {"scale_by_autowu by examples", "autowu-improved", "auto"}
 CLASSES, EXAMPLES = 4, 1000
 GROUPS, GROUP = 8, 7  # groups in a batch, examples in a group
 STEPS = {
@@ -38,7 +40,7 @@ STEPS = {
     "autowu-improved": dict(optimizer="momentum", schedule="autowu-improved"),
     "lanczos-sgd": dict(optimizer="lanczos-sgd"),
     "random-matrix": dict(optimizer="adam", scaling="random-matrix"),
-    "automatic": dict(optimizer="adam", auto=True),
+    "auto": dict(optimizer="adam", auto=True),
 }
 
 
@@ -77,15 +79,20 @@ def step_of(apply, params, **options):
 
 def test_every_transformation_is_exported(check, row, params):
     # Optax's Adam, in one row, computes with its step count in float64 where it can.
-    products = check(*update_of(row, params), scalars=not row.promotes)
+    in_float64 = row.name in IN_FLOAT64
+    products = check(*update_of(row, params), scalars=not row.promotes, float64=in_float64)
     assert bool(products) == (row.name in HAVE_PRODUCTS)
+    assert any("f64>" in product for product in products) == in_float64
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_the_train_step_is_exported(check, name):
     optaxs_adam = STEPS[name]["optimizer"] in ("adam", "adamw", "lamb")
     params = {"scale": jnp.ones(CLASSES), "shift": jnp.zeros(CLASSES)}
-    check(*step_of(apply, params, **STEPS[name]), scalars=not optaxs_adam)
+    in_float64 = name in IN_FLOAT64
+    step = step_of(apply, params, **STEPS[name])
+    products = check(*step, scalars=not optaxs_adam, float64=in_float64)
+    assert any("f64>" in product for product in products) == in_float64
 
 
 @pytest.mark.parametrize(
@@ -168,6 +175,20 @@ def test_float64_is_found(reader):
         number = lambda x: x + jnp.sin(2.0)  # noqa: E731
         assert found(reader, number, x64=True) == {"float64"}
         assert found(reader, number, x64=True, scalars=False) == set()
+
+
+def test_of_float64_that_is_meant_only_the_bits_are_found(reader):
+    def product(x, precision="highest"):
+        return jnp.matmul(*[x.astype(jnp.float64)] * 2, precision=precision)
+
+    def bits(x):
+        return jax.lax.bitcast_convert_type(x.astype(jnp.float64), jnp.int64)
+
+    with jax.enable_x64(True):
+        assert found(reader, product) == {"float64"}
+        assert found(reader, product, float64=True) == set()
+        assert found(reader, lambda x: product(x, None), float64=True) == {"product"}
+        assert found(reader, bits, float64=True) == {"float64"}
 
 
 @pytest.mark.parametrize("precision", [None, "high", ("highest", "default"), "highest"])

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
-from adabatch_jax.learning_rate._quasisep import quasisep_smoother
+from adabatch_jax.learning_rate._minimum import in_floats_of
+from adabatch_jax.learning_rate._quasisep import _fit, quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
 from adabatch_jax.training import SpectrumConfig
 from adabatch_jax.training._spectrum_batches import compile_measures
@@ -229,15 +230,26 @@ def test_no_function_is_forgotten(table):
 @pytest.mark.parametrize("what", ["test", "posterior"])
 @pytest.mark.parametrize("make", [rbf_smoother, quasisep_smoother])
 def test_every_smoother_is_exported(check, make, what):
-    """On more losses than one draw, or the curve, is conditioned on."""
+    """On more losses than one draw is conditioned on."""
     smoother, losses = make(), np.linspace(1.0, 0.0, 600, dtype=np.float32)
+    in_float64 = make is quasisep_smoother
     more = (np.zeros(2, np.uint32), np.float32(0.5)) if what == "test" else ()
 
     def fn(state, x, y, count, *more):
         with jax.numpy_rank_promotion("allow"):
             return getattr(smoother, what)(state, x, y, count, *more)
 
-    check(fn, smoother.init(), losses, losses, np.int32(590), *more)
+    check(fn, smoother.init(), losses, losses, np.int32(590), *more, float64=in_float64)
+
+
+def test_the_fit_to_all_losses_stays_in_float32(check):
+    losses = np.linspace(1.0, 0.0, 600, dtype=np.float32)
+
+    def fit(state, x, y, count):
+        with jax.numpy_rank_promotion("allow"), in_floats_of(32):
+            return _fit(state, x, y, count, 0.5)
+
+    check(fit, quasisep_smoother().init(), losses, losses, np.int32(590))
 
 
 @pytest.mark.parametrize("matrix", ["hessian", "gauss-newton"])
