@@ -77,6 +77,8 @@ def _test(
     progress: Any = 1.0,
 ) -> tuple[QuasisepFit, Draws]:
     del key
+    # Decisions have no derivative, and what keeps its batching for itself has no backward pass.
+    state, x, y, progress = jax.lax.stop_gradient((state, x, y, progress))
     state = _fit(state, x, y, count, progress)
     seen = draw(*_posterior(state, x, y, count))
     # A curve that is lowest where it starts has not fallen yet: what rises is noise.
@@ -146,6 +148,8 @@ def _fit(
     return QuasisepFit(fitted, state.fits + 1, moments)
 
 
+# One by one under `vmap`, whose rules know nothing of the dtypes that are in force here.
+@jax.custom_batching.sequential_vmap
 @in_floats_of(64)
 def _posterior(
     state: QuasisepFit, x: jax.Array, y: jax.Array, count: jax.Array

@@ -365,6 +365,23 @@ def test_the_state_goes_on_after_a_trip_through_numpy():
     chex.assert_trees_all_equal(straight, stopped)
 
 
+def test_a_run_can_be_differentiated_through():
+    """Its decisions are steps, so that what it does to a parameter is to multiply it."""
+    link = schedule(smoother="quasisep", total_steps=16, steps_per_test=4, max_learning_rate=0.5)
+
+    def end(start):
+        def step(carry, _):
+            at, state = carry
+            update, state = link.update(2.0 * at, state, value=1.0 + at**2)
+            return (at + update, state), None
+
+        return jax.lax.scan(step, (start, link.init(start)), length=12)[0][0]
+
+    value, slope = jax.jit(jax.value_and_grad(end))(jnp.float32(3.0))
+    assert 0 < value < 2
+    np.testing.assert_allclose(slope, value / 3.0, rtol=1e-6)
+
+
 @pytest.mark.parametrize("smoother", ["rbf", "quasisep"])
 def test_its_adam_does_not_hide_the_user_s(smoother):
     optimizer = adabatch.return_to_minimum(
