@@ -27,7 +27,7 @@ _LENGTH_SCALES = (0.05, 1.0)  # of the series at the end of the warm-up; longer 
 _LEAST_LOCATION = 0.05  # of a minimum that counts
 _LEAST_NOISE = 1e-4  # noise variance over that of the curve, at least: float32 needs some
 _INFINITE = 1e8  # the same, of a loss that is not there
-_INSERTED = 1e6  # the same, of a point of the curve: from its square, float64 leaves 1e-10 of it
+_INSERTED = 1e6  # the same, of a point of the curve: float64 shows a variance of 1e-10 beside it
 
 
 class QuasisepFit(NamedTuple):
@@ -161,7 +161,7 @@ def _posterior(
 
     Source: Rasmussen & Williams (2006), equation 5.12.
     """
-    length, here = x.shape[0], jnp.arange(x.shape[0]) < count
+    here = jnp.arange(x.shape[0]) < count
     grid = jnp.linspace(0.0, 1.0, NUM_POINTS, dtype=jnp.float32)
     x = jnp.where(here, x, 1.0).astype(jnp.float32)
     order, places = _merge(x, grid)
@@ -179,7 +179,7 @@ def _posterior(
     matrix += noise.Diagonal(merged(diagonal, jnp.float64(_INSERTED))).to_qsm()
     inverse = matrix.inv()
     values = merged(jnp.where(here, (y - centre) / scale, 0.0), jnp.float64(0.0))
-    last = jnp.zeros(length + NUM_POINTS, jnp.float64).at[places[-1]].set(1.0)
+    last = jnp.zeros_like(values).at[places[-1]].set(1.0)
     weights, column = (inverse @ jnp.column_stack([values, last]))[places].T
     precision = inverse.diag.d[places]
     variance = jnp.maximum(1.0 / precision - _INSERTED, 0.0)
