@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -113,8 +112,7 @@ def _fit(state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array) -> RbfFit:
     unit = kernels.ExpSquared(_LENGTH_SCALE)(x, x) * here[:, None] * here[None, :]
     eigenvalues, basis = jnp.linalg.eigh(unit.astype(jnp.float32))
     eigenvalues = jnp.maximum(eigenvalues, 0.0)
-    rotate = functools.partial(jnp.matmul, basis.T, precision=jax.lax.Precision.HIGHEST)
-    y_rotated, one_rotated = rotate(jnp.where(here > 0, y, 0.0)), rotate(here)
+    y_rotated, one_rotated = basis.T @ jnp.where(here > 0, y, 0.0), basis.T @ here
 
     def loss(parameters: Parameters) -> jax.Array:
         raw_outputscale, raw_noise, mean = parameters
@@ -145,11 +143,10 @@ def _posterior(
     residual = jnp.where(here, y - mean, 0.0)
     solved = process.solver.solve_triangular(jnp.column_stack([residual, kernel(x, grid)]))
     weights, known = solved[:, 0], solved[:, 1:]
-    project = functools.partial(jnp.matmul, known.T, precision=jax.lax.Precision.HIGHEST)
     prior = kernel(grid, grid[-1:])[:, 0]
     posterior = Posterior(
-        mean=mean + project(weights),
+        mean=mean + known.T @ weights,
         variance=jnp.maximum(prior[-1] - jnp.sum(jnp.square(known), axis=0), 0.0),
-        last_covariance=prior - project(known[:, -1]),
+        last_covariance=prior - known.T @ known[:, -1],
     )
     return grid, jax.tree.map(lambda v: v.astype(jnp.float32), posterior)
