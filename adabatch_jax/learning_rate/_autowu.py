@@ -18,6 +18,7 @@ from adabatch_jax.learning_rate._loss_history import empty_history, record
 from adabatch_jax.learning_rate._minimum import Smoother
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
+from adabatch_jax.learning_rate._step_length import StepLength, bounded, measure, no_length
 from adabatch_jax.noise import GradientNoise
 from adabatch_jax.noise._clock import advance, as_float, zero_clock
 
@@ -45,6 +46,7 @@ def scale_by_autowu(
     smoother: str = "rbf",
     peak_at: str = "minimum",
     peak_factor: Any = 1.0,
+    max_relative_step: Any = None,
     ramp_fraction: float = 0.0,
     at_limit: str = "last",
     watch_divergence: bool = False,
@@ -104,6 +106,11 @@ def scale_by_autowu(
         tests found.
       peak_factor: > 0; on that rate when the warm-up turns back to it, up to the last rate of the
         warm-up.
+      max_relative_step: bound on the peak, so that a step as long as those at the beginning would change
+        the parameters by at most this part of their length: α* ≤ max_relative_step / max ‖d‖/‖w‖, over
+        the first 24 directions d and the parameters w with at least two axes; None: no bound. A deep
+        network may bear a rate for long without a rise of its loss, and learn little with it. `update`
+        then needs `params`.
       ramp_fraction: ≥ 0; after the warm-up the rate rises linearly from a third of the peak to all of
         it, over this fraction of the time that the warm-up took; 0: it starts from the peak.
       at_limit: what to do at W without a switch: keep the "last" rate, or go back to the rate at the
@@ -122,12 +129,12 @@ def scale_by_autowu(
 
     Returns:
       A `GradientTransformationExtraArgs`. Under `optax.inject_hyperparams`, min_learning_rate,
-      max_learning_rate, confidence, hold_factor and peak_factor may be injected; every other argument
-      belongs to static_args.
+      max_learning_rate, confidence, hold_factor, peak_factor and max_relative_step may be injected; every
+      other argument belongs to static_args.
 
     Raises:
       ValueError: an argument out of range; not exactly one clock; a run too short for one test; at
-        trace time, a missing `value=`, or a missing number of examples.
+        trace time, a missing `value=`, a missing number of examples, or missing `params`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -156,6 +163,7 @@ def scale_by_autowu(
         hold_factor=hold_factor,
         peak_at=peak_at,
         peak_factor=peak_factor,
+        max_relative_step=max_relative_step,
         ramp_fraction=ramp_fraction,
         at_limit=at_limit,
     )
@@ -186,6 +194,7 @@ def scale_by_autowu(
             since_test=jnp.zeros((), jnp.uint32),
             loss_history=empty_history(plan.limit + 1 if plan.by_steps else max_losses),
             loss_level=no_level() if watch_divergence else (),
+            step_length=() if max_relative_step is None else no_length(),
             smoother_state=gp.init(),
             draw_key=jax.random.PRNGKey(seed),
             yes_in_a_row=count(),
@@ -208,11 +217,16 @@ def scale_by_autowu(
         emit: Any = True,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByAutowuState]:
-        del params, extra_args
+        del extra_args
         if value is None:
             raise ValueError(
                 "scale_by_autowu needs the loss: call optimizer.update(gradient, state, params, "
                 "value=loss)"
+            )
+        if max_relative_step is not None and params is None:
+            raise ValueError(
+                "scale_by_autowu with max_relative_step compares steps with parameters: call "
+                "optimizer.update(gradient, state, params, value=loss)"
             )
         loss = jnp.asarray(value).astype(jnp.float32)
         if axes:
@@ -234,6 +248,9 @@ def scale_by_autowu(
         kept, diverged, level = loss, jnp.zeros((), bool), state.loss_level
         if isinstance(level, LossLevel):
             level, kept, diverged = follow(level, loss, position, rises)
+        length = state.step_length
+        if isinstance(length, StepLength) and not warmup_over:
+            length = measure(length, updates, params, rises)
         setback = diverged & ~rises & (finite | state.warmup_ended_lately())
         since = state.since_test + jnp.maximum(increment, 0).astype(jnp.uint32)
         state = state._replace(
@@ -245,6 +262,7 @@ def scale_by_autowu(
             since_test=since % np.uint32(plan.interval),
             loss_history=record(state.loss_history, kept, position, finite & rises),
             loss_level=level,
+            step_length=length,
             nonfinite_losses=state.nonfinite_losses + (~finite).astype(jnp.int32),
             setbacks=state.setbacks + setback.astype(jnp.int32),
         )
@@ -276,13 +294,14 @@ def scale_by_autowu(
         known = state.loss_history.entries > 0
         reason = jnp.where(known, int(WarmupEnd.AT_LIMIT), int(WarmupEnd.NO_FINITE_LOSS))
         ended = jnp.where(quits, reason, state.warmup_end).astype(jnp.int32)
+        last_rate = bounded(state.step_length, rate, max_relative_step)
         switches = rises & (ended != WarmupEnd.RUNNING)
         level = state.loss_level
         if isinstance(level, LossLevel):  # what exploded before the switch is over
             level = level._replace(average=jnp.where(switches, level.lowest, level.average))
         state = state._replace(
             warmup_end=ended,
-            peak_learning_rate=jnp.where(quits, rate, state.peak_learning_rate),
+            peak_learning_rate=jnp.where(quits, last_rate, state.peak_learning_rate),
             peak_position=jnp.where(switches, end, state.peak_position),
             loss_level=level,
         )
@@ -343,6 +362,7 @@ def _test(
         peak = jnp.where(good > 0, peak, rate)
     factor = jnp.asarray(plan.peak_factor).astype(jnp.float32)
     peak = jnp.minimum(factor * peak, jnp.maximum(peak, rate))
+    peak = bounded(state.step_length, peak, plan.max_relative_step)
     of_this_test = peak
     if plan.peak_at == "confirmed":
         before = jnp.where(state.tests_made > 0, state.peak_learning_rate, jnp.inf)

@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     hold_factor: Any
     peak_at: str
     peak_factor: Any
+    max_relative_step: Any
     ramp_fraction: float
     at_limit: str
 
@@ -70,6 +71,8 @@ class Plan(NamedTuple):
                 _validate.between(_NAME, 0.0, 1.0, closed=True, **{name: value})
         factors = {"hold_factor": self.hold_factor, "peak_factor": self.peak_factor}
         _validate.positive(_NAME, confidence=self.confidence, **factors)
+        if self.max_relative_step is not None:
+            _validate.positive(_NAME, max_relative_step=self.max_relative_step)
         _validate.between(_NAME, 0.0, 1.0, confidence=self.confidence)
         _validate.between(_NAME, 0.0, float("inf"), ramp_fraction=self.ramp_fraction)
         _validate.positive_int(_NAME, patience=self.patience, max_losses=max_losses)

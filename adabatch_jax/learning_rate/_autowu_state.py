@@ -54,6 +54,7 @@ class ScaleByAutowuState(NamedTuple):
     since_test: jax.Array  # uint32: steps or examples since a test was last due
     loss_history: LossHistory
     loss_level: tuple[jax.Array, ...]  # what divergence is told from; () if it is not watched
+    step_length: tuple[jax.Array, ...]  # against the parameters; () if it bounds nothing
     smoother_state: Any
     draw_key: jax.Array  # PRNG key of the draws
     yes_in_a_row: jax.Array  # int32: tests in a row that said the minimum is past

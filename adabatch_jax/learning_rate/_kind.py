@@ -15,6 +15,7 @@ PyTree = Any
 PEAK_PLACE, PEAK_FACTOR = "confirmed", 4.0  # of AutoWU, or by the kind of the direction:
 _PEAK_FACTOR_ACCUMULATED = 8.0  # steps that shrink while squares are gathered: AdaGrad
 _PEAK_FACTOR_RELATIVE = 1.0  # steps that are a part of the parameters: LAMB
+_LONGEST_STEP = 0.15  # against the parameters
 _LATE = 256  # steps after which it is looked at whether a direction still shrinks
 
 
@@ -24,6 +25,7 @@ class Kind(NamedTuple):
     scaling: Callable[..., Any]
     peak_factor: float = PEAK_FACTOR
     peak_at: str = PEAK_PLACE
+    max_relative_step: float | None = None
 
     @property
     def autowu_options(self) -> dict[str, Any]:
@@ -68,11 +70,11 @@ def kind_of(direction: optax.GradientTransformation, where: str, remedy: str) ->
             "learning rate, optax.scale_by_adam() instead of optax.adam(1e-3)"
         )
     if twice > 2**0.5 * once:
-        return Kind(linear_scaling())
+        return Kind(linear_scaling(), max_relative_step=_LONGEST_STEP)
     if larger > 2**0.5 * once:
-        return Kind(sqrt_scaling(), _PEAK_FACTOR_RELATIVE)
+        return Kind(sqrt_scaling(), _PEAK_FACTOR_RELATIVE, max_relative_step=_LONGEST_STEP)
     # By a half in four times as many steps; averages of squares have settled by then.
     if later[-1] < 0.6 * later[_LATE // 4 - 2]:
         # Its minimum moves up from test to test: the last knows it best.
         return Kind(sqrt_scaling(), _PEAK_FACTOR_ACCUMULATED, "earliest")
-    return Kind(sqrt_scaling())
+    return Kind(sqrt_scaling(), max_relative_step=_LONGEST_STEP)

@@ -187,8 +187,8 @@ TABLE = [
         (),
         {"total_examples": 400, "examples_per_test": 16, "cooldown_fraction": 0.2}
         | {"smoother": "quasisep", "watch_divergence": True, "at_limit": "minimum"}
-        | {"max_losses": 16},
-        ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor", "peak_factor"),
+        | {"max_losses": 16, "max_relative_step": 0.1},
+        ("min_learning_rate", "confidence", "hold_factor", "peak_factor", "max_relative_step"),
         noise_of,
         by_hand=1,
         rtol=1e-3,

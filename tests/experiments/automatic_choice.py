@@ -39,7 +39,7 @@ import numpy as np
 from automatic_verdict_runs import Task, constant, keep_compiled, run
 from common import run_all, save_table
 
-from adabatch_jax.learning_rate._kind import kind_of
+from adabatch_jax.learning_rate._kind import Kind, kind_of
 from adabatch_jax.optimizers import _automatic
 
 TASK = Task("fashion-mlp", "fashion-mnist", "mlp", 5, ("adam", "momentum", "adadagrad", "lamb"))
@@ -53,17 +53,20 @@ CONSTANT = {  # size and rate; of each size the best in factors of two
 
 
 class Way(NamedTuple):
-    """Defaults of `--auto`; without `factor` the peak is as the kind of direction has it."""
+    """Defaults of `--auto`; without `factor` the peak is as the kind of direction has it, times `part`."""
 
     eta: float = 1.5
     growth_limit: float = 1.1
     warmup: float = 0.1
     factor: float | None = None  # on the rate at the minimum
+    part: float = 1.0
 
 
 NO_LIMIT = 1e6
 WAYS = {
     "chosen": Way(),
+    "half the peak": Way(part=0.5),
+    "a quarter of the peak": Way(part=0.25),
     "before": Way(1.0, NO_LIMIT, 0.2, 1.5),
     "η = 1": Way(eta=1.0),
     "η = 2": Way(eta=2.0),
@@ -76,11 +79,14 @@ WAYS = {
 def automatic_run(task: Task, optimizer: str, first: int, way: Way, seed: int) -> dict[str, Any]:
     """One run with other defaults than the package's."""
     options = dict(initial_batch_size=first, eta=way.eta, growth_limit=way.growth_limit)
-    changed: dict[str, Any] = {"_WARMUP": way.warmup}
-    if way.factor is not None:
-        other = {"peak_factor": way.factor, "peak_at": "minimum"}
-        changed["kind_of"] = lambda *given: kind_of(*given)._replace(**other)
-    with mock.patch.multiple(_automatic, **changed):
+
+    def kind(*given: Any) -> Kind:
+        found = kind_of(*given)
+        if way.factor is not None:
+            return found._replace(peak_factor=way.factor, peak_at="minimum")
+        return found._replace(peak_factor=way.part * found.peak_factor)
+
+    with mock.patch.multiple(_automatic, _WARMUP=way.warmup, kind_of=kind):
         return run(task, False, seed, optimizer=optimizer, auto=True, **options)
 
 

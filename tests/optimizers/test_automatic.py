@@ -148,6 +148,7 @@ def test_rule_and_peak_suit_the_kind_of_direction(name):
     assert factor == {"sqrt": 2.0, "linear": 4.0}[rule]
     assert kind.peak_factor == peak_factor
     assert kind.peak_at == ("earliest" if peak_factor == 8.0 else "confirmed")
+    assert (kind.max_relative_step is None) == (peak_factor == 8.0)  # it shrinks by itself
 
 
 @pytest.mark.parametrize(
