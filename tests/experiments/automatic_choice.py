@@ -60,6 +60,7 @@ class Way(NamedTuple):
     warmup: float = 0.1
     factor: float | None = None  # on the rate at the minimum
     part: float = 1.0
+    longest: float | None = 0.1  # a first step at the peak, against the parameters
 
 
 NO_LIMIT = 1e6
@@ -67,11 +68,13 @@ WAYS = {
     "chosen": Way(),
     "half the peak": Way(part=0.5),
     "a quarter of the peak": Way(part=0.25),
-    "before": Way(1.0, NO_LIMIT, 0.2, 1.5),
+    "before": Way(1.0, NO_LIMIT, 0.2, 1.5, longest=None),
     "η = 1": Way(eta=1.0),
     "η = 2": Way(eta=2.0),
     "warm-up up to 0.2": Way(warmup=0.2),
     "peak 1.5 × the rate at the minimum": Way(factor=1.5),
+    "no bound by length": Way(longest=None),
+    "a bound of 0.075": Way(longest=0.075),
     "no limit of growth": Way(growth_limit=NO_LIMIT),
 }
 
@@ -82,6 +85,8 @@ def automatic_run(task: Task, optimizer: str, first: int, way: Way, seed: int) -
 
     def kind(*given: Any) -> Kind:
         found = kind_of(*given)
+        if found.max_relative_step is not None:
+            found = found._replace(max_relative_step=way.longest)
         if way.factor is not None:
             return found._replace(peak_factor=way.factor, peak_at="minimum")
         return found._replace(peak_factor=way.part * found.peak_factor)
