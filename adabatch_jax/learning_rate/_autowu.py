@@ -18,7 +18,7 @@ from adabatch_jax.learning_rate._loss_history import empty_history, record
 from adabatch_jax.learning_rate._minimum import Smoother
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
-from adabatch_jax.learning_rate._step_length import StepLength, bounded, measure, no_length
+from adabatch_jax.learning_rate._step_length import StepLength, measure, no_length
 from adabatch_jax.noise import GradientNoise
 from adabatch_jax.noise._clock import advance, as_float, zero_clock
 
@@ -250,7 +250,7 @@ def scale_by_autowu(
             level, kept, diverged = follow(level, loss, position, rises)
         length = state.step_length
         if isinstance(length, StepLength) and not warmup_over:
-            length = measure(length, updates, params, rises)
+            length = measure(length, updates, params, max_relative_step, rises)
         setback = diverged & ~rises & (finite | state.warmup_ended_lately())
         since = state.since_test + jnp.maximum(increment, 0).astype(jnp.uint32)
         state = state._replace(
@@ -294,14 +294,13 @@ def scale_by_autowu(
         known = state.loss_history.entries > 0
         reason = jnp.where(known, int(WarmupEnd.AT_LIMIT), int(WarmupEnd.NO_FINITE_LOSS))
         ended = jnp.where(quits, reason, state.warmup_end).astype(jnp.int32)
-        last_rate = bounded(state.step_length, rate, max_relative_step)
         switches = rises & (ended != WarmupEnd.RUNNING)
         level = state.loss_level
         if isinstance(level, LossLevel):  # what exploded before the switch is over
             level = level._replace(average=jnp.where(switches, level.lowest, level.average))
         state = state._replace(
             warmup_end=ended,
-            peak_learning_rate=jnp.where(quits, last_rate, state.peak_learning_rate),
+            peak_learning_rate=jnp.where(quits, state.bounded(rate), state.peak_learning_rate),
             peak_position=jnp.where(switches, end, state.peak_position),
             loss_level=level,
         )
@@ -361,8 +360,7 @@ def _test(
     else:
         peak = jnp.where(good > 0, peak, rate)
     factor = jnp.asarray(plan.peak_factor).astype(jnp.float32)
-    peak = jnp.minimum(factor * peak, jnp.maximum(peak, rate))
-    peak = bounded(state.step_length, peak, plan.max_relative_step)
+    peak = state.bounded(jnp.minimum(factor * peak, jnp.maximum(peak, rate)))
     of_this_test = peak
     if plan.peak_at == "confirmed":
         before = jnp.where(state.tests_made > 0, state.peak_learning_rate, jnp.inf)

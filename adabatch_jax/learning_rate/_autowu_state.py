@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax.learning_rate._loss_history import LossHistory
+from adabatch_jax.learning_rate._step_length import StepLength
 from adabatch_jax.noise._clock import as_float
 
 
@@ -54,7 +55,7 @@ class ScaleByAutowuState(NamedTuple):
     since_test: jax.Array  # uint32: steps or examples since a test was last due
     loss_history: LossHistory
     loss_level: tuple[jax.Array, ...]  # what divergence is told from; () if it is not watched
-    step_length: tuple[jax.Array, ...]  # against the parameters; () if it bounds nothing
+    step_length: tuple[jax.Array, ...]  # how high it lets the rate be; () without a bound
     smoother_state: Any
     draw_key: jax.Array  # PRNG key of the draws
     yes_in_a_row: jax.Array  # int32: tests in a row that said the minimum is past
@@ -69,6 +70,12 @@ class ScaleByAutowuState(NamedTuple):
         """Whether less time has passed since the warm-up than it took."""
         ended = self.warmup_end != WarmupEnd.RUNNING
         return ended & (as_float(self.autowu_clock) <= 2.0 * self.peak_position)
+
+    def bounded(self, rate: jax.Array) -> jax.Array:
+        """The rate, but no higher than `max_relative_step` lets it be."""
+        if not isinstance(self.step_length, StepLength):
+            return rate
+        return jnp.minimum(rate, self.step_length.highest_rate)
 
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""

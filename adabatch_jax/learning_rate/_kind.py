@@ -15,7 +15,7 @@ PyTree = Any
 PEAK_PLACE, PEAK_FACTOR = "confirmed", 4.0  # of AutoWU, or by the kind of the direction:
 _PEAK_FACTOR_ACCUMULATED = 8.0  # steps that shrink while squares are gathered: AdaGrad
 _PEAK_FACTOR_RELATIVE = 1.0  # steps that are a part of the parameters: LAMB
-_LONGEST_STEP = 0.1  # of the parameters
+_LONGEST_STEP = 0.125  # of the parameters
 _LATE = 256  # steps after which it is looked at whether a direction still shrinks
 
 

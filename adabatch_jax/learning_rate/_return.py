@@ -40,7 +40,9 @@ def return_to_minimum(
     learning rate that is too large damages the parameters. This wrapper keeps a snapshot of them,
     taken at the last test of the warm-up whose minimum lay at present. When the warm-up ends because
     the minimum is past or the loss diverged, the updates lead back there: `params + updates` is
-    the snapshot to the rounding of one addition. With `watch_divergence` the snapshot is renewed
+    the snapshot to the rounding of one addition. Where `max_relative_step` bounds the rate, no snapshot
+    is taken above it: the weights of a network with normalisation grow there, and its loss falls all the
+    same. With `watch_divergence` the snapshot is renewed
     afterwards, once per test interval if the average loss is at its lowest, and a setback leads back
     to it. Moments of the direction (any state that holds floating-point numbers, with the counts that
     correct their bias) go back as well; batch-size controller, schedule, clocks, PRNG keys and
@@ -102,9 +104,11 @@ def return_to_minimum(
         # Told from what changed in this very call: adaptive_multi_steps may drop what it did.
         tested = new.tests_made > old.tests_made
         rising = new.warmup_end == WarmupEnd.RUNNING
-        best = tested & rising & (new.minimum_location >= _PRESENT)
+        rate, at_present = new.autowu_learning_rate, new.minimum_location >= _PRESENT
+        too_high = rate > new.bounded(rate)
+        best = tested & rising & at_present & ~too_high
         past = (new.warmup_end == WarmupEnd.MINIMUM_PASSED) | (new.warmup_end == WarmupEnd.DIVERGED)
-        past |= (new.warmup_end == WarmupEnd.AT_LIMIT) & tested & (new.minimum_location < _PRESENT)
+        past |= (new.warmup_end == WarmupEnd.AT_LIMIT) & tested & (~at_present | too_high)
         back = (old.warmup_end == WarmupEnd.RUNNING) & past
         level = new.loss_level
         if isinstance(level, LossLevel):

@@ -15,42 +15,35 @@ _STEPS = 24  # that are looked at: a momentum of 0.9 is nearly full then
 
 
 class StepLength(NamedTuple):
-    """The largest ‖d‖/‖w‖ of the first directions d, over the parameters with at least two axes."""
+    """How high a rate the first directions allow."""
 
     seen: jax.Array  # int32: directions, up to 24
-    longest: jax.Array  # float32; 0 if none could be measured
+    highest_rate: jax.Array  # float32: infinite if none could be measured
 
 
 def no_length() -> StepLength:
     """Before the first step."""
-    return StepLength(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32))
+    return StepLength(jnp.zeros((), jnp.int32), jnp.array(jnp.inf, jnp.float32))
 
 
-def measure(length: StepLength, direction: PyTree, params: PyTree, wanted: jax.Array) -> StepLength:
-    """The length with one more direction; without it where the ratio is not finite, as at w = 0.
+def measure(
+    length: StepLength, direction: PyTree, params: PyTree, relative_step: Any, wanted: jax.Array
+) -> StepLength:
+    """With one more direction d: the rate is at most relative_step ‖w‖/‖d‖, if that is a number.
 
-    Biases and scales of a normalisation do not count: they start at zero or one whatever the network.
+    Only parameters w with at least two axes count: biases and the scales of a normalisation start at
+    zero or one whatever the network.
     """
 
     def with_this(length: StepLength) -> StepLength:
         pairs = zip(jax.tree.leaves(direction), jax.tree.leaves(params), strict=True)
         of_matrices = [(d, w) for d, w in pairs if w.ndim >= 2]
         step, size = (squared_norm([pair[i] for pair in of_matrices]) for i in (0, 1))
-        ratio = jnp.sqrt(step / size)
-        longest = jnp.fmax(length.longest, jnp.where(jnp.isfinite(ratio), ratio, 0.0))
-        return StepLength(optax.safe_increment(length.seen), longest)
+        rate = jnp.asarray(relative_step).astype(jnp.float32) * jnp.sqrt(size / step)
+        known = jnp.isfinite(rate) & (rate > 0)
+        highest = jnp.where(known, jnp.minimum(length.highest_rate, rate), length.highest_rate)
+        return StepLength(optax.safe_increment(length.seen), highest)
 
     # A cond, so that later steps do not read the parameters once more.
     wanted &= length.seen < _STEPS
     return jax.lax.cond(wanted, with_this, lambda length: length, length)
-
-
-def bounded(length: Any, rate: jax.Array, relative_step: Any) -> jax.Array:
-    """The rate, but no higher than makes those steps `relative_step` times as long as the parameters.
-
-    The rate itself if `length` is not a `StepLength`, or holds nothing.
-    """
-    if not isinstance(length, StepLength):
-        return rate
-    bound = jnp.asarray(relative_step).astype(jnp.float32) / length.longest
-    return jnp.where(length.longest > 0, jnp.minimum(rate, bound), rate)

@@ -56,7 +56,7 @@ def automatic(
        whose loss was as low to two standard deviations, times a factor: 1 if the direction is as
        long as the parameters (LAMB), 8 if it shrinks while it gathers squares (AdaGrad), else 4. But
        (except for AdaGrad) to no higher rate than that at which one of the first steps would have
-       been a tenth as long as the parameters.
+       been an eighth as long as the parameters.
     3. `adapt_batch_size` grows the batch by the noise of the gradient, de-biased and smoothed, by a
        tenth per step at most, and `scale_by_batch_size` lets the rate follow, from the batch with
        which it was found.
@@ -64,7 +64,7 @@ def automatic(
 
     The kind of a direction is found by trying it on a single parameter. The numbers were chosen on
     images held out of Fashion-MNIST's training data, with an MLP (`tests/experiments/automatic_choice.py`);
-    the bound is the smallest that costs that MLP less than 0.1 points.
+    the bound is the smallest that costs that MLP less than 0.1 points with Adam and momentum.
 
     `direction` says where to go, without sign or rate: `optax.scale_by_adam()`, `optax.trace(0.9)`, and
     **not** `optax.adam(1e-3)` or `optax.sgd(...)`, which have both already and would turn the step

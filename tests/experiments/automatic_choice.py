@@ -60,7 +60,7 @@ class Way(NamedTuple):
     warmup: float = 0.1
     factor: float | None = None  # on the rate at the minimum
     part: float = 1.0
-    longest: float | None = 0.1  # a first step at the peak, against the parameters
+    longest: float | None = 0.125  # a first step at the peak, against the parameters
 
 
 NO_LIMIT = 1e6

@@ -99,6 +99,25 @@ def test_at_the_limit_with_the_last_rate_nothing_goes_back():
     assert (np.diff(w) < 0).all()
 
 
+@pytest.mark.parametrize(
+    ("losses", "end"),
+    [(BOWL, WarmupEnd.MINIMUM_PASSED), (np.linspace(3.0, 1.0, T), WarmupEnd.AT_LIMIT)],
+    ids=["bowl", "falling"],
+)
+def test_above_the_bound_of_the_rate_no_snapshot_is_taken(losses, end):
+    """A gradient as long as w; rates pass 5e-4 after ten steps. At the limit it goes back there, too."""
+    link = optax.chain(schedule(max_relative_step=5e-4, at_limit="minimum"))
+    done = run(adabatch.return_to_minimum(link), losses, {"w": jnp.ones((2, 2))}, until=32)
+    t = switch_of(done)
+    assert int(inner(done.states[t])[0].warmup_end) == end
+    taken = [int(s.snapshots_taken) for s in done.states]
+    last = max(i for i in range(1, t) if taken[i] > taken[i - 1])
+    rates = [float(inner(s)[0].autowu_learning_rate) for s in done.states]
+    assert rates[last] <= 5e-4 < rates[last + 1]
+    np.testing.assert_allclose(done.params[t]["w"], done.params[last - 1]["w"], rtol=2e-7)
+    assert float(inner(done.states[t])[0].peak_learning_rate) <= 5e-4
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e9])
 def test_after_a_divergence_everything_is_finite_again(bad):
     """The gradient that comes with the bad loss is NaN and spoils the moments."""
