@@ -108,9 +108,9 @@ def scale_by_autowu(
         warm-up.
       max_relative_step: bound on the peak, so that a step as long as those at the beginning would change
         the parameters by at most this part of their length: α* ≤ max_relative_step / max ‖d‖/‖w‖, over
-        the first 24 directions d and the parameters w with at least two axes; None: no bound. A deep
-        network may bear a rate for long without a rise of its loss, and learn little with it. `update`
-        then needs `params`.
+        the first 24 directions d and the parameters w with at least two axes; None, or parameters that
+        begin at zero: no bound. A deep network may bear a rate for long without a rise of its loss, and
+        learn little with it. `update` then needs `params`.
       ramp_fraction: ≥ 0; after the warm-up the rate rises linearly from a third of the peak to all of
         it, over this fraction of the time that the warm-up took; 0: it starts from the peak.
       at_limit: what to do at W without a switch: keep the "last" rate, or go back to the rate at the

@@ -41,8 +41,8 @@ def return_to_minimum(
     taken at the last test of the warm-up whose minimum lay at present. When the warm-up ends because
     the minimum is past or the loss diverged, the updates lead back there: `params + updates` is
     the snapshot to the rounding of one addition. Where `max_relative_step` bounds the rate, no snapshot
-    is taken above it: the weights of a network with normalisation grow there, and its loss falls all the
-    same. With `watch_divergence` the snapshot is renewed
+    is taken above it: the loss of a network with normalisation may fall there while its weights grow
+    so large that it learns slowly ever after. With `watch_divergence` the snapshot is renewed
     afterwards, once per test interval if the average loss is at its lowest, and a setback leads back
     to it. Moments of the direction (any state that holds floating-point numbers, with the counts that
     correct their bias) go back as well; batch-size controller, schedule, clocks, PRNG keys and

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from adabatch_jax._tree import squared_norm
 
@@ -42,7 +41,8 @@ def measure(
         rate = jnp.asarray(relative_step).astype(jnp.float32) * jnp.sqrt(size / step)
         known = jnp.isfinite(rate) & (rate > 0)
         highest = jnp.where(known, jnp.minimum(length.highest_rate, rate), length.highest_rate)
-        return StepLength(optax.safe_increment(length.seen), highest)
+        # Parameters that begin at zero are as long as their first steps: no measure, now or later.
+        return StepLength(jnp.where(size > 0, length.seen + 1, _STEPS), highest)
 
     # A cond, so that later steps do not read the parameters once more.
     wanted &= length.seen < _STEPS

@@ -93,6 +93,14 @@ def test_no_update_does_not_count():
     assert peak(0.002, lengths=0.0) == peak(1e6)
 
 
+def test_parameters_that_grow_from_zero_are_no_measure():
+    """After a step they are as long as that step, which would forbid every rate but its own."""
+    ones, length = {"w": jnp.ones((2, 2))}, no_length()
+    for params in ({"w": jnp.zeros((2, 2))}, {"w": jnp.full((2, 2), 1e-5)}):
+        length = measure(length, ones, params, 0.1, jnp.array(True))
+    assert float(length.highest_rate) == np.inf
+
+
 def test_a_program_for_after_the_warm_up_leaves_the_length_alone():
     options = dict(total_steps=T, steps_per_test=5, max_relative_step=0.002)
     params = {"w": PARAMS["w"]}
