@@ -21,13 +21,12 @@ PARAMS = {"w": jnp.full((4, 4), 0.5), "b": jnp.full((16,), 100.0)}  # ‖w‖ = 
 
 
 @functools.cache
-def program(**options):
+def program():
     """Of every bound: it is an argument, and so the Gaussian process is compiled once."""
 
     def states(bound, losses, lengths, params):
-        link = adabatch.scale_by_autowu(
-            total_steps=T, steps_per_test=5, patience=2, max_relative_step=bound, **options
-        )
+        options = dict(total_steps=T, steps_per_test=5, patience=2)
+        link = adabatch.scale_by_autowu(**options, max_relative_step=bound)
 
         def step(state, given):
             loss, length = given
@@ -40,10 +39,10 @@ def program(**options):
     return jax.jit(states)
 
 
-def run(bound, losses=BOWL, lengths=8.0, params=PARAMS, **options):
+def run(bound, losses=BOWL, lengths=8.0, params=PARAMS):
     """The states after every step; `lengths` are those of the update of w, all entries alike."""
     lengths = jnp.broadcast_to(jnp.float32(lengths), (T,))
-    return program(**options)(bound, jnp.float32(losses), lengths, params)
+    return program()(bound, jnp.float32(losses), lengths, params)
 
 
 def peak(bound, **given):
