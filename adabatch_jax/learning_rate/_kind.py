@@ -20,7 +20,7 @@ _LATE = 256  # steps after which it is looked at whether a direction still shrin
 
 
 class Kind(NamedTuple):
-    """How a rate follows the batch, and how AutoWU finds its peak."""
+    """How a rate follows the batch, and how AutoWU finds its peak; the bound is `automatic`'s alone."""
 
     scaling: Callable[..., Any]
     peak_factor: float = PEAK_FACTOR

@@ -64,7 +64,7 @@ def automatic(
 
     The kind of a direction is found by trying it on a single parameter. The numbers were chosen on
     images held out of Fashion-MNIST's training data, with an MLP (`tests/experiments/automatic_choice.py`);
-    the bound is the smallest that costs that MLP less than 0.1 points with Adam and momentum.
+    the bound is the smallest of four that costs that MLP no more than seeds differ by, 0.1 points.
 
     `direction` says where to go, without sign or rate: `optax.scale_by_adam()`, `optax.trace(0.9)`, and
     **not** `optax.adam(1e-3)` or `optax.sgd(...)`, which have both already and would turn the step

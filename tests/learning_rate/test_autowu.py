@@ -15,10 +15,8 @@ import adabatch_jax as adabatch
 from adabatch_jax import AutowuPhase, WarmupEnd
 from adabatch_jax.learning_rate import _autowu, _improved
 from adabatch_jax.learning_rate._minimum import Draws
+from tests.learning_rate.losses import BOWL, FALLING, T
 
-T = 60
-FALLING = np.linspace(3.0, 1.0, T)
-BOWL = np.where(np.arange(T) < 14, 3.0 - 0.15 * np.arange(T), 0.9 + 0.1 * (np.arange(T) - 14))
 RNG = np.random.default_rng(0)
 
 

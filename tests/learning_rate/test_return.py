@@ -12,9 +12,8 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import WarmupEnd
+from tests.learning_rate.losses import BOWL, FALLING, T
 
-T = 60
-BOWL = np.where(np.arange(T) < 14, 3.0 - 0.15 * np.arange(T), 0.9 + 0.1 * (np.arange(T) - 14))
 OPTIONS = {"total_steps": T, "steps_per_test": 1, "smoother": "quasisep", "patience": 3}
 
 
@@ -92,7 +91,7 @@ def test_afterwards_it_stays_out_of_the_way(bowl):
 
 def test_at_the_limit_with_the_last_rate_nothing_goes_back():
     optimizer = adabatch.return_to_minimum(optax.chain(optax.trace(0.9), schedule()))
-    done = run(optimizer, np.linspace(3.0, 1.0, T), until=32)
+    done = run(optimizer, FALLING, until=32)
     t = switch_of(done)
     assert int(inner(done.states[t])[1].warmup_end) == WarmupEnd.AT_LIMIT
     w = np.array([p["w"][0] for p in done.params])
@@ -101,7 +100,7 @@ def test_at_the_limit_with_the_last_rate_nothing_goes_back():
 
 @pytest.mark.parametrize(
     ("losses", "end"),
-    [(BOWL, WarmupEnd.MINIMUM_PASSED), (np.linspace(3.0, 1.0, T), WarmupEnd.AT_LIMIT)],
+    [(BOWL, WarmupEnd.MINIMUM_PASSED), (FALLING, WarmupEnd.AT_LIMIT)],
     ids=["bowl", "falling"],
 )
 def test_above_the_bound_of_the_rate_no_snapshot_is_taken(losses, end):
@@ -142,7 +141,7 @@ def test_a_setback_leads_back_to_a_snapshot_that_was_renewed_after_the_warm_up()
     optimizer = adabatch.return_to_minimum(
         optax.chain(optax.trace(0.9), schedule(watch_divergence=True, steps_per_test=3))
     )
-    losses = np.where(np.arange(T) < 45, np.linspace(3.0, 1.0, T), 2.9)
+    losses = np.where(np.arange(T) < 45, FALLING, 2.9)
     done = run(optimizer, losses, until=48)
     schedules = [inner(s)[1] for s in done.states]
     assert int(schedules[-1].warmup_end) == WarmupEnd.AT_LIMIT

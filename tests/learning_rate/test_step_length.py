@@ -13,10 +13,8 @@ import pytest
 import adabatch_jax as adabatch
 from adabatch_jax import WarmupEnd
 from adabatch_jax.learning_rate._step_length import StepLength, measure, no_length
+from tests.learning_rate.losses import BOWL, FALLING, T
 
-T = 60
-BOWL = np.where(np.arange(T) < 14, 3.0 - 0.15 * np.arange(T), 0.9 + 0.1 * (np.arange(T) - 14))
-FALLING = np.linspace(3.0, 1.0, T)
 PARAMS = {"w": jnp.full((4, 4), 0.5), "b": jnp.full((16,), 100.0)}  # ‖w‖ = 2
 
 
