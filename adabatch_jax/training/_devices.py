@@ -47,11 +47,17 @@ class Devices:
 
     def mapped(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """`step(params, opt_state, data, indices, sizes, count)`, with the groups spread."""
-        if self.number == 1:
-            return step
         same, spread = jax.P(), jax.P(AXIS)
-        specs = (same, same, same, spread, spread, same)
-        return jax.shard_map(step, mesh=self._mesh, in_specs=specs, out_specs=same)
+        return self._mapped(step, (same, same, same, spread, spread, same))
+
+    def repeated(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, computed on every device from the same arguments."""
+        return self._mapped(function, jax.P())
+
+    def _mapped(self, function: Callable[..., Any], specs: Any) -> Callable[..., Any]:
+        if self.number == 1:
+            return function
+        return jax.shard_map(function, mesh=self._mesh, in_specs=specs, out_specs=jax.P())
 
     def replicate(self, tree: PyTree) -> PyTree:
         """The same arrays on every device. Every process must give the same."""

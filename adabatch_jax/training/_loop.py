@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 import adabatch_jax as adabatch
 from adabatch_jax.training._chunk import make_chunk, place_of
 from adabatch_jax.training._classifier import classifier
+from adabatch_jax.training._compiled import CompiledSteps
 from adabatch_jax.training._config import TrainConfig
 from adabatch_jax.training._data import Dataset
 from adabatch_jax.training._devices import Devices, as_before, on_host
@@ -22,7 +22,7 @@ from adabatch_jax.training._feed import Feed
 from adabatch_jax.training._ladder import Rung, batch_sizes_of, rung_after, rung_for
 from adabatch_jax.training._optimizer import build_optimizer, known
 from adabatch_jax.training._resume import RunState
-from adabatch_jax.training._step import CompiledSteps, make_step
+from adabatch_jax.training._step import make_gradient, make_step, make_update
 
 PyTree = Any
 Row = dict[str, Any]
@@ -145,20 +145,6 @@ class Run:
         optimizer = build_optimizer(config, self.budget)
         self.first = RunState(params, optimizer.init(params))
 
-        def step_of(optimizer: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
-            step = make_step(
-                self.apply,
-                optimizer,
-                coordinate_wise=config.criterion == "coordinate-norm",
-                inner_products=config.criterion in ("inner-product", "augmented"),
-                curvature=_curvature_batch(config, num_examples),
-                axis_name=devices.axis_name,
-            )
-            return devices.mapped(step)
-
-        step = later = step_of(optimizer)
-        if config.auto:  # which holds the batch during the warm-up
-            later = step_of(build_optimizer(config, self.budget, warmup_over=True))
         self._data = dataset.train_inputs, dataset.train_labels
         self._feed = Feed(num_examples, config.seed)
         first, largest = known(config.initial_batch_size), known(config.max_batch_size)
@@ -170,14 +156,27 @@ class Run:
             noise_groups=config.noise_groups,
         )
 
-        def make(rung: Rung) -> Callable[..., Any]:
-            sizes = batch_sizes_of(rung, **ladder)
-            chosen = later if sizes[0] > first else step
-            if config.steps_per_call == 1:
-                return chosen
-            return make_chunk(chosen, devices, rung, sizes, num_examples, config.steps_per_call)
+        measured: dict[str, Any] = dict(
+            coordinate_wise=config.criterion == "coordinate-norm",
+            inner_products=config.criterion in ("inner-product", "augmented"),
+            axis_name=devices.axis_name,
+        )
+        curvature = _curvature_batch(config, num_examples)
 
-        self._step = CompiledSteps(make)
+        def chunk_of(rung: Rung) -> Callable[..., Any]:
+            """Many whole steps; those after the warm-up, which holds the batch, without its test."""
+            sizes = batch_sizes_of(rung, **ladder)
+            over = bool(config.auto) and sizes[0] > first
+            mine = build_optimizer(config, self.budget, warmup_over=True) if over else optimizer
+            step = devices.mapped(make_step(self.apply, mine, curvature=curvature, **measured))
+            return make_chunk(step, devices, rung, sizes, num_examples, config.steps_per_call)
+
+        if config.steps_per_call > 1:
+            self._step = CompiledSteps(chunk_of)
+        else:
+            gradient = devices.mapped(make_gradient(self.apply, **measured))
+            update = devices.repeated(make_update(self.apply, optimizer, curvature=curvature))
+            self._step = CompiledSteps(lambda rung: gradient, update)
 
     @property
     def num_devices(self) -> int:
@@ -186,7 +185,7 @@ class Run:
 
     @property
     def compilations(self) -> int:
-        """How many times the step has been compiled."""
+        """How many programs have been compiled for the steps."""
         return self._step.compilations
 
     @property
@@ -257,11 +256,12 @@ class Run:
                 batch_size = read(decided.popleft())
             rung = rung_for(batch_size, **ladder)
             length = min(batch_size, self.budget - position)
-            batch = self._batch(rung, position, length)
-            params, opt_state, report = self._step(rung, params, opt_state, data, *batch)
+            given = data, *self._batch(rung, position, length)
             upper = rung_after(rung, **ladder)
             if upper is not None and upper not in self._step:  # compiled while training goes on
+                self._step.prepare(rung, params, opt_state, *given)  # first what is needed first
                 self._step.prepare(upper, params, opt_state, data, *self._batch(upper, 0, 0))
+            params, opt_state, report = self._step(rung, params, opt_state, *given)
             position += length
             number += 1
             decided.append(_Launched(_row(number, position, batch_size, rung), report))
@@ -291,10 +291,11 @@ class Run:
             place = devices.replicate(place_of(state, epoch * epoch_size, self.budget, steps))
             rung = rung_for(state.decided[0], **ladder)
             given = data, order, place
-            chunk = self._step(rung, state.params, state.opt_state, *given)
             upper = rung_after(rung, **ladder)
             if upper is not None and upper not in self._step:
-                self._step.prepare(upper, chunk.params, chunk.opt_state, *given)
+                self._step.prepare(rung, state.params, state.opt_state, *given)
+                self._step.prepare(upper, state.params, state.opt_state, *given)
+            chunk = self._step(rung, state.params, state.opt_state, *given)
             made, rows, sizes = jax.device_get((chunk.made, chunk.rows, chunk.place.decided))
             seconds, position = time.perf_counter() - started, state.position
             for i in range(int(made)):

@@ -1,10 +1,8 @@
-"""The fused training step: gradient, noise, decision and update in one compiled call per batch."""
+"""The fused training step: gradient and noise, then decision and update; and the evaluation."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,7 +12,6 @@ import optax
 
 import adabatch_jax as adabatch
 from adabatch_jax._tree import trainable
-from adabatch_jax.training._ladder import Rung
 from adabatch_jax.training._stream import masked_mean
 
 PyTree = Any
@@ -36,6 +33,101 @@ def losses_and_logits(
 def _per_example(values: jax.Array) -> jax.Array:
     """Means over all axes but the first."""
     return jnp.mean(values, axis=tuple(range(1, values.ndim)))
+
+
+Data = tuple[jax.Array, jax.Array]  # inputs and labels, on the device
+
+
+def make_gradient(
+    apply: Apply,
+    *,
+    coordinate_wise: bool = False,
+    inner_products: bool = False,
+    axis_name: str | None = None,
+) -> Callable[..., tuple[jax.Array, adabatch.GradientNoise]]:
+    """Builds the first half of the step, arguments as for `make_step`.
+
+    Returns:
+      `gradient(params, opt_state, data, indices, sizes, count) -> (mean loss, noise)`.
+    """
+
+    def loss_fn(params: PyTree, group: dict[str, jax.Array], data: Data) -> jax.Array:
+        index, size = group["index"], group["size"]
+        losses, _ = losses_and_logits(apply, params, data[0][index], data[1][index])
+        return masked_mean(losses, size)
+
+    value_and_grad = adabatch.value_and_grad_noise(
+        loss_fn,
+        axis_name=axis_name,
+        coordinate_wise=coordinate_wise,
+        inner_products=inner_products,
+    )
+
+    def gradient(
+        params: PyTree,
+        opt_state: PyTree,
+        data: Data,
+        indices: jax.Array,
+        sizes: jax.Array,
+        count: jax.Array,
+    ) -> tuple[jax.Array, adabatch.GradientNoise]:
+        groups = {"index": indices, "size": sizes}
+        measure = adabatch.needs_noise(opt_state)
+        return value_and_grad(params, groups, data, count=count, sizes=sizes, measure=measure)
+
+    return gradient
+
+
+def make_update(
+    apply: Apply,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    curvature: np.ndarray | None = None,
+) -> Callable[..., tuple[PyTree, PyTree, dict[str, Any]]]:
+    """Builds the second half of the step, which no size of a batch has a part in.
+
+    Returns:
+      `update(params, opt_state, data, value, noise) -> (params, opt_state, report)`, all as for
+      `make_step`; `value` and `noise` as its first half returns them.
+    """
+
+    def curvature_arguments(rows: jax.Array, data: Data) -> dict[str, Any]:
+        """The loss on fixed examples: of a group, and the mean of all."""
+
+        def of_group(params: PyTree, group: jax.Array) -> jax.Array:
+            return jnp.mean(losses_and_logits(apply, params, data[0][group], data[1][group])[0])
+
+        def value_fn(params: PyTree) -> jax.Array:
+            return of_group(params, rows.reshape(-1))
+
+        return {"value_fn": value_fn, "loss_fn": of_group, "groups": rows}
+
+    def update(
+        params: PyTree,
+        opt_state: PyTree,
+        data: Data,
+        value: jax.Array,
+        noise: adabatch.GradientNoise,
+    ) -> tuple[PyTree, PyTree, dict[str, Any]]:
+        more = {} if curvature is None else curvature_arguments(jnp.asarray(curvature), data)
+        updates, new_state = optimizer.update(
+            noise.mean, opt_state, params, value=value, noise=noise, **more
+        )
+        new_params = optax.apply_updates(params, updates)
+        shown, before = adabatch.metrics(new_state), adabatch.metrics(opt_state)
+        finite = jnp.isfinite(value) & trainable(noise.squared_norm)
+        finite &= jnp.isfinite(noise.scatter) | ~adabatch.needs_noise(opt_state)
+        if "returns_made" in shown:  # a step back to AutoWU's snapshot is made whatever the loss is
+            finite |= shown["returns_made"] > before["returns_made"]
+
+        def keep(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
+        opt_state = keep(new_state, opt_state)
+        report = {"loss": value, "skipped": ~finite, **adabatch.metrics(opt_state)}
+        return keep(new_params, params), opt_state, report
+
+    return update
 
 
 def make_step(
@@ -67,111 +159,26 @@ def make_step(
       whose gradient is longer than 1e15, changes nothing but `report["skipped"]`, unless it leads back
       to the snapshot of `return_to_minimum`.
     """
-
-    def loss_fn(
-        params: PyTree, group: dict[str, jax.Array], data: tuple[jax.Array, jax.Array]
-    ) -> jax.Array:
-        index, size = group["index"], group["size"]
-        losses, _ = losses_and_logits(apply, params, data[0][index], data[1][index])
-        return masked_mean(losses, size)
-
-    def curvature_arguments(rows: jax.Array, data: tuple[jax.Array, jax.Array]) -> dict[str, Any]:
-        """The loss on fixed examples: of a group, and the mean of all."""
-
-        def of_group(params: PyTree, group: jax.Array) -> jax.Array:
-            return jnp.mean(losses_and_logits(apply, params, data[0][group], data[1][group])[0])
-
-        def value_fn(params: PyTree) -> jax.Array:
-            return of_group(params, rows.reshape(-1))
-
-        return {"value_fn": value_fn, "loss_fn": of_group, "groups": rows}
-
-    value_and_grad = adabatch.value_and_grad_noise(
-        loss_fn,
-        axis_name=axis_name,
+    gradient = make_gradient(
+        apply,
         coordinate_wise=coordinate_wise,
         inner_products=inner_products,
+        axis_name=axis_name,
     )
+    update = make_update(apply, optimizer, curvature=curvature)
 
     def step(
         params: PyTree,
         opt_state: PyTree,
-        data: tuple[jax.Array, jax.Array],
+        data: Data,
         indices: jax.Array,
         sizes: jax.Array,
         count: jax.Array,
     ) -> tuple[PyTree, PyTree, dict[str, Any]]:
-        groups = {"index": indices, "size": sizes}
-        measure = adabatch.needs_noise(opt_state)
-        value, noise = value_and_grad(
-            params, groups, data, count=count, sizes=sizes, measure=measure
-        )
-        more = {} if curvature is None else curvature_arguments(jnp.asarray(curvature), data)
-        updates, new_state = optimizer.update(
-            noise.mean, opt_state, params, value=value, noise=noise, **more
-        )
-        new_params = optax.apply_updates(params, updates)
-        shown, before = adabatch.metrics(new_state), adabatch.metrics(opt_state)
-        finite = jnp.isfinite(value) & trainable(noise.squared_norm)
-        finite &= jnp.isfinite(noise.scatter) | ~measure
-        if "returns_made" in shown:  # a step back to AutoWU's snapshot is made whatever the loss is
-            finite |= shown["returns_made"] > before["returns_made"]
-
-        def keep(new: PyTree, old: PyTree) -> PyTree:
-            return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
-
-        opt_state = keep(new_state, opt_state)
-        report = {"loss": value, "skipped": ~finite, **adabatch.metrics(opt_state)}
-        return keep(new_params, params), opt_state, report
+        value, noise = gradient(params, opt_state, data, indices, sizes, count)
+        return update(params, opt_state, data, value, noise)
 
     return step
-
-
-class CompiledSteps:
-    """The step, compiled once for each rung of the ladder: when first needed, or before in the background.
-
-    Only XLA works in the background. Tracing stays on the caller's thread, whose JAX settings it obeys.
-
-    Attributes:
-      seconds_waited: for compilations, by the caller.
-    """
-
-    def __init__(self, make: Callable[[Rung], Callable[..., Any]]) -> None:
-        """`make(rung)` builds the step, whose parameters and optimizer state will be donated."""
-        self._make = make
-        self._compiled: dict[Rung, Future[Callable[..., Any]]] = {}
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="compilation")
-        self.seconds_waited = 0.0
-
-    @property
-    def compilations(self) -> int:
-        """How many times the step has been compiled, what is under way included."""
-        return len(self._compiled)
-
-    def __contains__(self, rung: Rung) -> bool:
-        return rung in self._compiled
-
-    def prepare(self, rung: Rung, *arguments: Any) -> None:
-        """Starts to compile the step of this rung, if nobody has; `arguments` as for the call."""
-        if rung not in self._compiled:
-            lowered = jax.jit(self._make(rung), donate_argnums=(0, 1)).lower(*arguments)
-            self._compiled[rung] = self._background.submit(_compile, lowered)
-
-    def __call__(self, rung: Rung, *arguments: Any) -> Any:
-        """Runs the step of this rung."""
-        start = time.perf_counter()
-        self.prepare(rung, *arguments)
-        compiled = self._compiled[rung].result()
-        self.seconds_waited += time.perf_counter() - start
-        return compiled(*arguments)
-
-    def close(self) -> None:
-        """Waits for a compilation that nobody needs any more, and begins no other."""
-        self._background.shutdown(cancel_futures=True)
-
-
-def _compile(lowered: Any) -> Callable[..., Any]:
-    return lowered.compile()
 
 
 def make_evaluation(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -64,8 +64,9 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
     Returns:
       Parameters, metrics by column and the summary: `test_accuracy` and `test_loss` (fraction, nats),
       `optimizer_steps`, `examples`, `initial_batch_size`, `final_batch_size`,
-      `train_step_compilations`, `seconds` (training alone), `seconds_waited_for_compilations` (of those;
-      the next rung is compiled while training goes on), `skipped_steps`, `resumed_after` (the step of
+      `train_step_compilations` (programs: a gradient for each size of micro-batch, and the update),
+      `seconds` (training alone), `seconds_waited_for_compilations` (of those; the next size is
+      compiled while training goes on), `skipped_steps`, `resumed_after` (the step of
       the checkpoint that the run went on from, or None), `bits_per_byte` of a text, the configuration
       and, where AutoWU found the rate, `warmup`: why it `ended`, after how many `examples`, the
       `peak_learning_rate` at the first batch size, `tests` and `setbacks`; where the curvature was

@@ -34,12 +34,12 @@ def child(out: Path, epochs: int, every: int) -> None:
     """The run itself, which says on standard output what it is doing."""
     import jax
 
-    from adabatch_jax.training import TrainConfig, _loop, _resume, _step, train
+    from adabatch_jax.training import TrainConfig, _compiled, _loop, _resume, train
 
     def say(*words: Any) -> None:
         os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
-    compile_, save, read = _step._compile, _resume.Checkpoints.save, _loop._read_back
+    compile_, save, read = _compiled._compile, _resume.Checkpoints.save, _loop._read_back
 
     def noted_compilation(lowered: Any) -> Any:
         say("compiling")
@@ -56,7 +56,7 @@ def child(out: Path, epochs: int, every: int) -> None:
         say("step", row["step"], row["examples"], row["batch_size"], after, int(row["phase"]))
         return row, after
 
-    _step._compile, _resume.Checkpoints.save = noted_compilation, noted_save
+    _compiled._compile, _resume.Checkpoints.save = noted_compilation, noted_save
     _loop._read_back = noted_read
     config = TrainConfig(auto=True, epochs=epochs, out=out, checkpoint_every=every, resume="auto")
     result = train(config)

@@ -13,7 +13,7 @@ from adabatch_jax.training import (
     TrainConfig,
     TrainingError,
     _classifier,
-    _step,
+    _compiled,
     build_criterion,
     build_model,
     build_optimizer,
@@ -22,7 +22,7 @@ from adabatch_jax.training import (
     run_steps,
     train,
 )
-from adabatch_jax.training._step import CompiledSteps
+from adabatch_jax.training._compiled import CompiledSteps
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_the_default_run_learns_while_its_batch_grows(finished):
     assert result.summary["final_batch_size"] >= 8 * result.summary["initial_batch_size"]
 
 
-def test_the_budget_is_met_exactly_and_the_step_compiled_once_per_rung(finished):
+def test_the_budget_is_met_exactly_and_the_gradient_compiled_once_per_rung(finished):
     result, _ = finished
     columns = result.columns
     assert columns["examples"][-1] == 8 * 1437 == result.summary["examples"]
@@ -50,7 +50,8 @@ def test_the_budget_is_met_exactly_and_the_step_compiled_once_per_rung(finished)
     assert (used[:-1] == columns["batch_size"][:-1]).all()
     assert used[-1] <= columns["batch_size"][-1]
     rungs = len(set(columns["micro_batch_size"]))
-    assert result.summary["train_step_compilations"] == rungs > 1
+    assert rungs > 1
+    assert result.summary["train_step_compilations"] == rungs + 1  # and the update once
     assert 0 < result.summary["seconds_waited_for_compilations"] < result.summary["seconds"]
 
 
@@ -82,7 +83,7 @@ def test_a_rung_that_fails_to_compile_says_why(digits, monkeypatch):
     def fail(lowered):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(_step, "_compile", fail)
+    monkeypatch.setattr(_compiled, "_compile", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         run_steps(TrainConfig(model="logistic", epochs=1), digits, lambda row: None)
 
@@ -126,12 +127,15 @@ def test_an_automatic_run_finds_its_rate_and_then_grows_its_batch(automatic):
     assert first == np.float32(1e-5) and last < 1e-3
 
 
-def test_only_the_program_of_the_first_batch_holds_the_gaussian_process(digits, monkeypatch):
+@pytest.mark.parametrize(("steps_per_call", "traces"), [(1, 1), (8, 2)])
+def test_one_program_holds_the_gaussian_process(digits, monkeypatch, steps_per_call, traces):
+    """The update's; or the chunk of the first batch, which traces its step twice, for the shapes."""
     traced, plain = [], _autowu._test
     monkeypatch.setattr(_autowu, "_test", lambda *given: traced.append(1) or plain(*given))
-    config = TrainConfig(auto=True, model="logistic", epochs=2, max_batch_size=64)
-    assert run_steps(config, digits, lambda row: None).compilations > 1
-    assert len(traced) == 1
+    options = dict(model="logistic", epochs=2, max_batch_size=64, steps_per_call=steps_per_call)
+    config = TrainConfig(auto=True, **options)
+    assert run_steps(config, digits, lambda row: None).compilations > 2
+    assert len(traced) == traces
 
 
 def test_its_picture_and_summary_are_written(automatic):
