@@ -20,7 +20,7 @@ class CompiledSteps:
     Only XLA works in the background. Tracing stays on the caller's thread, whose JAX settings it obeys.
 
     Attributes:
-      seconds_waited: for compilations, by the caller.
+      seconds_waited: by the caller, for programs to be traced, and to be compiled.
     """
 
     def __init__(
@@ -50,16 +50,18 @@ class CompiledSteps:
         """Starts to compile the step of this rung, if nobody has; `arguments` as for the call."""
         if rung in self._compiled:
             return
+        start = time.perf_counter()
         function = self._make(rung)
         self._begin(rung, function, arguments, donated=() if self._update else (0, 1))
         if self._update and _UPDATE not in self._compiled:
             half = jax.eval_shape(function, *arguments)
             self._begin(_UPDATE, self._update, (*arguments[:3], *half), donated=(0, 1))
+        self.seconds_waited += time.perf_counter() - start
 
     def __call__(self, rung: Rung, *arguments: Any) -> Any:
         """Runs the step of this rung."""
-        start = time.perf_counter()
         self.prepare(rung, *arguments)
+        start = time.perf_counter()
         program = self._compiled[rung].result()
         update = self._compiled[_UPDATE].result() if self._update else None
         self.seconds_waited += time.perf_counter() - start

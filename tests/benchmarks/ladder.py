@@ -6,7 +6,7 @@
 A run on Fashion-MNIST whose batch grows from 64 to at most 8192, by momentum and the norm test, in four
 ways, in turns, `--repeats` times; seconds of the steps, compilations included:
 
-* ladder: as `adabatch-jax train` does it, the next rung compiled in the background;
+* ladder: as `adabatch-jax train` does it, the next rung's gradient compiled in the background;
 * in the foreground: each rung compiled when it is first needed;
 * all before: every rung compiled before the clock starts;
 * naive: a plain step that `jax.jit` compiles anew for each batch size that the first way decided.
@@ -15,10 +15,10 @@ Then the time of an example at the largest rung, over that of a plain step with 
 command, the MLP, takes five minutes on two cores; the second, a run of minutes whose test is smoothed, as
 the README advises, half an hour.
 
-Expected, medians of two runs for the MLP, 386 steps and 28 batch sizes: ladder 10.0 and 9.0 s, in the
-foreground 10.1 and 8.9, all before 2.1 and 2.2, naive 10.7 and 9.1; an example at the largest rung 0.84 and
-1.00 of a plain step's. Seven rungs of 1.2 s each cannot hide behind two seconds of steps. CNN, 392 steps
-and 53 sizes, once: 76, 76, 63, 154.
+Expected, medians for the MLP, 386 steps and 28 batch sizes: ladder 7.0 s, in the foreground 6.7, all before
+2.2, naive 9.7; an example at the largest rung 0.76 of a plain step's. Eight gradients and an update take 6
+to 8 s to compile, which cannot hide behind two seconds of steps. CNN, 392 steps and 53 sizes, once: 76, 74,
+66, 156.
 """
 
 from __future__ import annotations
