@@ -16,6 +16,7 @@ from adabatch_jax.training._stream import masked_mean
 
 PyTree = Any
 Apply = Callable[[PyTree, jax.Array], jax.Array]
+Data = tuple[jax.Array, jax.Array]  # inputs and labels, on the device
 
 
 def losses_and_logits(
@@ -33,9 +34,6 @@ def losses_and_logits(
 def _per_example(values: jax.Array) -> jax.Array:
     """Means over all axes but the first."""
     return jnp.mean(values, axis=tuple(range(1, values.ndim)))
-
-
-Data = tuple[jax.Array, jax.Array]  # inputs and labels, on the device
 
 
 def make_gradient(
