@@ -39,7 +39,7 @@ def child(out: Path, epochs: int, every: int) -> None:
     def say(*words: Any) -> None:
         os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
-    compile_, save, read = _compiled._compile, _resume.Checkpoints.save, _loop._read_back
+    compile_, save, read = _compiled._compile, _resume.Checkpoints.save, _loop._Reader.__call__
 
     def noted_compilation(lowered: Any) -> Any:
         say("compiling")
@@ -51,13 +51,13 @@ def child(out: Path, epochs: int, every: int) -> None:
         say("saving", state.step)
         save(self, state)
 
-    def noted_read(*arguments: Any) -> Any:
-        row, after = read(*arguments)
+    def noted_read(self: Any, row: Any, *arguments: Any) -> int:
+        after = read(self, row, *arguments)
         say("step", row["step"], row["examples"], row["batch_size"], after, int(row["phase"]))
-        return row, after
+        return after
 
     _compiled._compile, _resume.Checkpoints.save = noted_compilation, noted_save
-    _loop._read_back = noted_read
+    _loop._Reader.__call__ = noted_read
     config = TrainConfig(auto=True, epochs=epochs, out=out, checkpoint_every=every, resume="auto")
     result = train(config)
     np.savez(out / "params.npz", *jax.tree.leaves(result.params))
