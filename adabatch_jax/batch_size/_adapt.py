@@ -52,11 +52,12 @@ def adapt_batch_size(
     """Decides the batch size of the next step from the noise of the present gradient.
 
     With T the batch size that `criterion` requires, `b ← min(⌈max(T, b)⌉, max_batch_size)`, used from
-    the next step on. Updates pass through unchanged; read the size with `get_batch_size(opt_state)`.
-    The defaults are the test of the paper. Once a monotone batch is at its maximum the test is
-    switched off. Evidence that is NaN or inf, comes from fewer than two groups, or from a gradient
-    that is exactly zero never moves the batch: `metrics(opt_state)["test_status"]` says which
-    (`BatchSizeStatus`), and `skipped_tests` counts.
+    the next step on. ⌈T⌉ is an integer that T exceeds by less than 2⁻²¹ T, the rounding of float32.
+    Updates pass through unchanged; read the size with `get_batch_size(opt_state)`. The defaults are the
+    test of the paper. Once a monotone batch is at its maximum the test is switched off. Evidence that
+    is NaN or inf, comes from fewer than two groups, or from a gradient that is exactly zero never
+    moves the batch: `metrics(opt_state)["test_status"]` says which (`BatchSizeStatus`), and
+    `skipped_tests` counts.
 
     Inside `optax.masked` the coordinate-wise test sees the coordinates that are let through; the other
     tests always judge the whole gradient.
@@ -133,9 +134,10 @@ def adapt_batch_size(
     def init(params: PyTree) -> AdaptBatchSizeState:
         if isinstance(initial_batch_size, jax.Array | jax.core.Tracer):
             first = initial_batch_size.astype(jnp.int32)
-        else:  # known while tracing, so that a wrapper can check it against its micro-batch
-            with jax.ensure_compile_time_eval():
-                first = jax.device_put(np.int32(initial_batch_size))
+        else:  # NumPy's while tracing: known, so that a wrapper can check it against its micro-batch,
+            first = np.int32(initial_batch_size)  # and no array that a device must give back
+            tracing = isinstance(jnp.zeros(()), jax.core.Tracer)
+            first = first if tracing else jax.device_put(first)
         # Every field has a buffer of its own: a state whose fields share one cannot be donated.
         return AdaptBatchSizeState(
             next_batch_size=first,
@@ -150,7 +152,7 @@ def adapt_batch_size(
             required_batch_size=jnp.zeros((), jnp.float32),
             test_status=jnp.array(int(BatchSizeStatus.NOT_TESTED), jnp.int32),
             skipped_tests=jnp.zeros((), jnp.int32),
-            test_due=~full(first) & criterion.uses_noise,
+            test_due=jnp.asarray(~full(first) & criterion.uses_noise),
         )
 
     def next_size(batch_size: jax.Array, required: jax.Array) -> jax.Array:
@@ -160,8 +162,10 @@ def adapt_batch_size(
         factor = jnp.where(jnp.isinf(required), beyond, limit).astype(jnp.float32)
         target = jnp.minimum(required, factor * size)
         target = jnp.where(jnp.isnan(target), size, target)
+        # An integer stays one where division is a little off, as it is on a GPU: 100.00001 is 100.
+        rounding = jnp.minimum(target * 2.0**-21, 0.25)
         # Bounds are integers: float32 has no room for all of them beyond 2**24.
-        whole = jnp.ceil(jnp.minimum(target, 2.0**30)).astype(jnp.int32)
+        whole = jnp.ceil(jnp.minimum(target - rounding, 2.0**30)).astype(jnp.int32)
         whole = jnp.where(target >= jnp.float32(max_batch_size), max_batch_size, whole)
         whole = jnp.clip(whole, min_batch_size, max_batch_size)
         whole = jnp.minimum(whole + (-whole) % multiple_of, max_batch_size)
