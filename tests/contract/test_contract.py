@@ -23,12 +23,14 @@ def strict_promotion():
 
 @contextlib.contextmanager
 def strict(promotion=strict_promotion):
-    with promotion(), jax.transfer_guard("disallow"), jax.debug_nans(True):
+    with promotion(), jax.transfer_guard("disallow"):
         yield
 
 
 def modes(promotion=strict_promotion):
-    return {"x64": jax.enable_x64(True), "strict": strict(promotion)}
+    # NaN are looked for on the host, so not where transfers are refused.
+    nans = jax.debug_nans(True)
+    return {"x64": jax.enable_x64(True), "strict": strict(promotion), "nans": nans}
 
 
 assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-7)
@@ -243,11 +245,27 @@ def test_unusual_parameters(row, params):
 @pytest.mark.parametrize("mode", modes())
 def test_modes(row, expected, mode):
     link, params = row.make(), params_of()
-    steps = row.steps(params)
+    steps, of_numpy = row.steps(params), jax.device_get(params)
     with modes(lambda: row.promotion(strict_promotion))[mode]:
-        got = run(jax.jit(as_step(link, params)), jax.jit(link.init)(params), steps)
+        got = run(jax.jit(as_step(link, of_numpy)), jax.jit(link.init)(params), steps)
     assert form(got) == form(expected)
     assert_close(got, expected, rtol=row.rtol)
+
+
+def test_a_program_holds_no_array_of_the_device(row):
+    """It would be fetched when the program is compiled."""
+    link, params = row.make(), params_of()
+    gradient, extra_args = row.steps(params)[0]
+
+    def update(state, gradient, params, extra_args):
+        return link.update(gradient, state, params, **extra_args)
+
+    programs = (
+        jax.make_jaxpr(link.init)(params),
+        jax.make_jaxpr(update)(link.init(params), gradient, params, extra_args),
+    )
+    held = [x for program in programs for x in program.consts if isinstance(x, jax.Array)]
+    assert not held
 
 
 def test_modes_of_value_and_grad_noise():
