@@ -51,10 +51,10 @@ RATE = 1e-6  # the parameters hardly move, so every turn computes the same
 PROBLEMS = ("mlp", "cnn", "transformer")
 
 
-def problem(name: str) -> tuple[Callable[..., jax.Array], PyTree, PyTree]:
+def problem(name: str, scale: int = 1) -> tuple[Callable[..., jax.Array], PyTree, PyTree]:
     """The mean loss, parameters, and groups of examples [GROUPS, micro-batch size, …]."""
     rng = np.random.default_rng(0)
-    size = 8 if name == "transformer" else 32
+    size = scale * (8 if name == "transformer" else 32)
     net: nn.Module
     if name == "transformer":
         text = rng.integers(0, 256, (GROUPS, size, 65))
@@ -144,9 +144,9 @@ def whole(
     return lambda given: run(*given[:2], groups, count), copied((params, state)), megabytes
 
 
-def ways(name: str, count: int) -> dict[str, tuple[Way, PyTree, float]]:
+def ways(name: str, scale: int, count: int) -> dict[str, tuple[Way, PyTree, float]]:
     """Of each: the optimizer step, what it starts from, and MB."""
-    loss_fn, params, groups = problem(name)
+    loss_fn, params, groups = problem(name, scale)
     size = groups[1].shape[1]
     batches = [jax.tree.map(lambda a, i=i: a[i], groups) for i in range(count)]
     found: dict[str, tuple[Way, PyTree, float]] = {}
@@ -187,9 +187,9 @@ def ways(name: str, count: int) -> dict[str, tuple[Way, PyTree, float]]:
     return found
 
 
-def idle(name: str) -> dict[str, tuple[Way, PyTree, float]]:
+def idle(name: str, scale: int) -> dict[str, tuple[Way, PyTree, float]]:
     """Steps of 16 micro-batches: by hand, with a controller that rests, with one that tests."""
-    loss_fn, params, groups = problem(name)
+    loss_fn, params, groups = problem(name, scale)
     batch, count = 16 * groups[1].shape[1], jnp.int32(16)
     steps = {
         "none, loop by hand": (by_hand, optax.adam(RATE)),
@@ -259,6 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--problem", choices=PROBLEMS, help="one of them; all if left out")
     parser.add_argument("--count", type=int, help="this k alone, or 0: only the idle controller")
+    parser.add_argument("--scale", type=int, default=1, help="batches so many times as large")
     parser.add_argument("--seconds", type=float, default=25.0, help="of turns, for each k")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/accumulation.json"))
     options = parser.parse_args()
@@ -267,10 +268,10 @@ def main() -> None:
         result = results.setdefault(name, {})
         for count in COUNTS if options.count is None else filter(None, [options.count]):
             if str(count) not in result:
-                result[str(count)] = measure(ways(name, count), options.seconds)
+                result[str(count)] = measure(ways(name, options.scale, count), options.seconds)
                 write_json(options.out, results)
         if not options.count and "idle" not in result:
-            result["idle"] = measure(idle(name), options.seconds)
+            result["idle"] = measure(idle(name, options.scale), options.seconds)
             write_json(options.out, results)
     show(results)
 

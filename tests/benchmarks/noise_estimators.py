@@ -56,6 +56,8 @@ from adabatch_jax.training._report import write_json
 from adabatch_jax.training._transformer import Transformer
 
 DRAWS, POOL = 200, 1024
+SIZES = {"mlp": 256, "cnn": 128, "transformer": 32}
+PROBLEMS = tuple(SIZES)
 PyTree = Any
 
 
@@ -71,21 +73,18 @@ class WideMLP(nn.Module):
         return nn.Dense(10)(x)
 
 
-def problem(name: str) -> tuple[nn.Module, int, jax.Array, jax.Array]:
-    """The network, its batch size, and a pool of inputs and labels."""
-    rng = np.random.default_rng(0)
+def problem(name: str, scale: int = 1) -> tuple[nn.Module, int, jax.Array, jax.Array]:
+    """The network, its batch size times `scale`, and a pool of inputs and labels."""
+    rng, size = np.random.default_rng(0), SIZES[name] * scale
+    pool = max(POOL, size)
     if name == "transformer":
-        text = rng.integers(0, 256, (POOL, 65))
-        return Transformer(256), 32, jnp.asarray(text[:, :-1], jnp.int32), jnp.asarray(text[:, 1:])
-    labels = rng.integers(0, 10, POOL)
+        text = jnp.asarray(rng.integers(0, 256, (pool, 65)))
+        return Transformer(256), size, text[:, :-1], text[:, 1:]
+    labels = rng.integers(0, 10, pool)
     shape = (784,) if name == "mlp" else (28, 28)
     # Classes differ in their mean, as images do.
-    x = (rng.normal(size=(10, *shape))[labels] + rng.normal(size=(POOL, *shape))).astype(np.float32)
-    net, size = (WideMLP(), 256) if name == "mlp" else (CNN(10), 128)
-    return net, size, jnp.asarray(x), jnp.asarray(labels)
-
-
-PROBLEMS = ("mlp", "cnn", "transformer")
+    x = (rng.normal(size=(10, *shape))[labels] + rng.normal(size=(pool, *shape))).astype(np.float32)
+    return WideMLP() if name == "mlp" else CNN(10), size, jnp.asarray(x), jnp.asarray(labels)
 
 
 def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], int]]:
@@ -102,8 +101,8 @@ def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], in
     def plain(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
         return jax.value_and_grad(mean_loss)(params, batch)
 
-    def groups(number: int) -> Callable[..., Any]:
-        fn = adabatch.value_and_grad_noise(mean_loss)
+    def groups(number: int, at_once: int = 1) -> Callable[..., Any]:
+        fn = adabatch.value_and_grad_noise(mean_loss, vectorize=at_once)
         return lambda params, batch, key: fn(params, adabatch.split_groups(batch, number))
 
     def signs(number: int) -> Callable[..., Any]:
@@ -117,6 +116,7 @@ def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], in
     return {
         "plain": (plain, 0),
         "groups, 8": (groups(8), 7),
+        "groups, 8 at once": (groups(8, 8), 7),
         "groups, 16": (groups(16), 15),
         "signs, 1": (signs(1), 1),
         "signs, 2": (signs(2), 2),
@@ -125,8 +125,8 @@ def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], in
     }
 
 
-def prepare(name: str) -> tuple[dict[str, Any], PyTree, int, jax.Array, jax.Array]:
-    net, size, x, y = problem(name)
+def prepare(name: str, scale: int) -> tuple[dict[str, Any], PyTree, int, jax.Array, jax.Array]:
+    net, size, x, y = problem(name, scale)
     params = net.init(jax.random.key(0), x[:1])
     given = (params, (x[:size], y[:size]), jax.random.key(1))
     compiled = {
@@ -136,9 +136,9 @@ def prepare(name: str) -> tuple[dict[str, Any], PyTree, int, jax.Array, jax.Arra
     return compiled, params, size, x, y
 
 
-def times(name: str, seconds: float) -> dict[str, dict[str, Any]]:
+def times(name: str, scale: int, seconds: float) -> dict[str, dict[str, Any]]:
     """Ratios to plain within a turn; single examples, which take long, in every eighth turn."""
-    compiled, params, size, x, y = prepare(name)
+    compiled, params, size, x, y = prepare(name, scale)
     given = (params, (x[:size], y[:size]), jax.random.key(1))
     taken: dict[str, list[tuple[float, float]]] = {method: [] for method in compiled}
     for run in compiled.values():
@@ -166,30 +166,30 @@ def times(name: str, seconds: float) -> dict[str, dict[str, Any]]:
     }
 
 
-def errors(name: str, draws: int) -> dict[str, dict[str, Any]]:
+def errors(name: str, scale: int, draws: int) -> dict[str, dict[str, Any]]:
     """The relative standard error of tr Σ over batches and signs, and the mean of all."""
-    compiled, params, size, x, y = prepare(name)
+    compiled, params, size, x, y = prepare(name, scale)
     found = {}
     for method, run in compiled.items():
         if method == "plain":
             continue
         traces = []
         for draw in range(draws if method != "per example" else max(draws // 10, 2)):
-            rows = np.random.default_rng(draw).integers(0, POOL, size)
+            rows = np.random.default_rng(draw).integers(0, len(x), size)
             traces.append(float(run(params, (x[rows], y[rows]), jax.random.key(draw))[1].trace))
         mean = float(np.mean(traces))
         found[method] = {"trace": mean, "error": float(np.std(traces, ddof=1)) / mean}
     return found
 
 
-def show(results: dict[str, Any]) -> None:
+def show(results: dict[str, Any], scale: int) -> None:
     print(
         "| problem | method | ms | over plain: min / median / max | MB | degrees of freedom | "
         "√(2/ν) | standard error | tr Σ |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, result in results.items():
-        net, size, _, _ = problem(name)
+        net, size, _, _ = problem(name, scale)
         for method, (_, freedom) in methods(net, size).items():
             row = result.get("time", {}).get(method)
             timed = "– | – | –"
@@ -209,17 +209,18 @@ def main() -> None:
     parser.add_argument("--only", choices=("time", "error"), help="one part; both if left out")
     parser.add_argument("--seconds", type=float, default=30.0, help="of turns")
     parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--scale", type=int, default=1, help="batches so many times as large")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/noise_estimators.json"))
     options = parser.parse_args()
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in [options.problem] if options.problem else PROBLEMS:
         result = results.setdefault(name, {})
         if options.only != "error" and "time" not in result:
-            result["time"] = times(name, options.seconds)
+            result["time"] = times(name, options.scale, options.seconds)
         if options.only != "time" and "error" not in result:
-            result["error"] = errors(name, options.draws)
+            result["error"] = errors(name, options.scale, options.draws)
         write_json(options.out, results)
-    show(results)
+    show(results, options.scale)
 
 
 if __name__ == "__main__":

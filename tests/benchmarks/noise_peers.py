@@ -158,6 +158,7 @@ def by_jax(net: nn.Module, size: int) -> dict[str, Callable[..., Any]]:
     return {
         PLAIN["JAX"]: plain,
         "norm test: ours, 8 groups": norms("groups, 8"),
+        "norm test: ours, 8 groups at once": norms("groups, 8 at once"),
         "norm test: ours, 1 sign vector": norms("signs, 1"),
         "norm test: ours, examples, structured": ours(size, False, value_and_grad_structured),
         "norm test: ours, examples one by one": ours(size, False),
@@ -238,8 +239,8 @@ class InJax:
 
     plain = PLAIN["JAX"]
 
-    def __init__(self, name: str) -> None:
-        net, size, x, y = problem(name)
+    def __init__(self, name: str, scale: int) -> None:
+        net, size, x, y = problem(name, scale)
         self.net, self.given = net, (net.init(jax.random.key(0), x[:1]), x[:size], y[:size])
         functions = by_jax(net, size)
         self.compiled = {m: jax.jit(f).lower(*self.given).compile() for m, f in functions.items()}
@@ -298,7 +299,9 @@ class InTorch:
         return self.ask(self.process, names)
 
     def megabytes(self, name: str) -> float:
-        """In a process of its own, whose allocator gives everything back at once."""
+        """In a process of its own, whose allocator gives everything back at once; a GPU's tells."""
+        if jax.default_backend() == "gpu":
+            return self.ask(self.process, name)
         process, _ = self.started({"MALLOC_MMAP_THRESHOLD_": "65536"})
         with process:
             grown = self.ask(process, name)
@@ -310,8 +313,8 @@ class InTorch:
 Side = InJax | InTorch
 
 
-def sides(name: str, python: str | None) -> list[Side]:
-    ours = InJax(name)
+def sides(name: str, scale: int, python: str | None) -> list[Side]:
+    ours = InJax(name, scale)
     return [ours, InTorch(python, name, ours)] if python else [ours]
 
 
@@ -385,6 +388,7 @@ def main() -> None:
     parser.add_argument("--problem", choices=PROBLEMS, help="one of them; all if left out")
     parser.add_argument("--no-times", action="store_true", help="values and memory alone")
     parser.add_argument("--seconds", type=float, default=60.0, help="of turns, at least")
+    parser.add_argument("--scale", type=int, default=1, help="batches so many times as large")
     parser.add_argument("--peers-python", help="the Python of the environment of peers.sh")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/noise_peers.json"))
     options = parser.parse_args()
@@ -393,13 +397,14 @@ def main() -> None:
         result = results.setdefault(name, {})
         both: list[Side] | None = None
         if "values" not in result:
-            both = sides(name, options.peers_python)
+            both = sides(name, options.scale, options.peers_python)
             net, (params, x, y) = both[0].net, both[0].given
             result["reference"] = reference(net, params, x, y)
             result["values"] = values(both)
             write_json(options.out, results)
         if not options.no_times and "time" not in result:
-            result["time"] = times(both or sides(name, options.peers_python), options.seconds)
+            both = both or sides(name, options.scale, options.peers_python)
+            result["time"] = times(both, options.seconds)
             write_json(options.out, results)
     show(results)
 

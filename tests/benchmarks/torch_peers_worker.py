@@ -32,6 +32,7 @@ from torch.nn import functional
 
 # BackPACK passes over what it does not know, with a warning.
 LACKS = r"does not have an extension for Module <class 'torch\.nn\.[\w.]*\.(\w+)'>"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Values = tuple[float, float]  # ‖ḡ‖², and the variance that the test needs
 
 
@@ -68,7 +69,8 @@ class Transformer(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        places = torch.arange(x.shape[1]).expand(x.shape)  # with an axis of examples, for Opacus
+        places = torch.arange(x.shape[1], device=x.device)
+        places = places.expand(x.shape)  # with an axis of examples, for Opacus
         return self.head(self.norm(self.blocks(self.embed(x) + self.positions(places))))
 
 
@@ -262,7 +264,7 @@ class Runs:
     """Of every method what is to be timed, made when it is first asked for."""
 
     def __init__(self, problem: str, path: str) -> None:
-        arrays = {name: torch.from_numpy(a) for name, a in np.load(path).items()}
+        arrays = {name: torch.from_numpy(a).to(DEVICE) for name, a in np.load(path).items()}
         self.x, self.y = arrays.pop("x"), arrays.pop("y").long()
         if problem == "transformer":
             self.x = self.x.long()
@@ -277,10 +279,12 @@ class Runs:
             warnings.simplefilter("always" if name not in self.made else "ignore")
             try:
                 if name not in self.made:
-                    net = build(self.problem, self.parameters)
+                    net = build(self.problem, self.parameters).to(DEVICE)
                     self.made[name] = METHODS[name](net, self.x, self.y)
+                wait()
                 start = time.perf_counter()
                 values = self.made[name]()
+                wait()
                 return {"seconds": time.perf_counter() - start, "values": values}
             except Exception as error:  # what a peer cannot do is a result
                 found = f"{type(error).__name__}: {error}"
@@ -288,15 +292,25 @@ class Runs:
         return {"failed": found + "".join(f"; BackPACK knows no {kind}" for kind in {*lacks})}
 
     def megabytes(self, name: str) -> float:
-        """What the peak of the process grows by, beyond the gradient."""
+        """What the peak of the process, or of the GPU, grows by, beyond the gradient."""
         self("plain: PyTorch")  # libraries allot something of their own at the first step
         self.made.clear()
+        gradient = sum(a.numel() * a.element_size() for a in self.parameters.values()) / 2**20
+        if DEVICE.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self(name)
+            return (torch.cuda.max_memory_allocated() - before) / 2**20 - gradient
         before = status("VmRSS")
         with open("/proc/self/clear_refs", "w") as peak:
             peak.write("5")  # the high-water mark starts anew
         self(name)
-        gradient = sum(a.numel() * a.element_size() for a in self.parameters.values())
-        return status("VmHWM") - before - gradient / 2**20
+        return status("VmHWM") - before - gradient
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def status(key: str) -> float:
@@ -317,6 +331,7 @@ def answers(runs: Runs) -> Iterator[Any]:
 
 def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what is compared, as matrix products are
     out, sys.stdout = sys.stdout, sys.stderr  # what the peers print is no answer
     for answer in answers(Runs(sys.argv[2], sys.argv[3])):
         print(json.dumps(answer), file=out, flush=True)

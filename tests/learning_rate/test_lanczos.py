@@ -161,7 +161,7 @@ def test_caps_hold():
     _, states = follow(link(max_momentum=0.1), [CURVATURES])
     np.testing.assert_allclose(states[0].lanczos_momentum, 0.1, rtol=1e-6)
     bound = adabatch.max_stable_learning_rate(9.0, momentum=0.1)
-    assert float(states[0].lanczos_learning_rate) <= float(bound)
+    assert float(states[0].lanczos_learning_rate) <= float(bound) * (1 + 1e-6)
     _, states = follow(link(safety=0.25), [CURVATURES])
     bound = adabatch.max_stable_learning_rate(9.0, momentum=states[0].lanczos_momentum)
     np.testing.assert_allclose(states[0].lanczos_learning_rate, 0.25 * bound, rtol=1e-4)

@@ -51,6 +51,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA chooses by timing")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_run_is_the_same_to_the_last_bit(digits, name):
     config = dict(model="logistic", epochs=2, **CONFIGS[name])
