@@ -132,6 +132,7 @@ def adapt_batch_size(
         return (size >= max_batch_size) & monotone
 
     def init(params: PyTree) -> AdaptBatchSizeState:
+        first: Any
         if isinstance(initial_batch_size, jax.Array | jax.core.Tracer):
             first = initial_batch_size.astype(jnp.int32)
         else:  # NumPy's while tracing: known, so that a wrapper can check it against its micro-batch,

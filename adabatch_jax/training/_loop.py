@@ -160,6 +160,7 @@ class Run:
             coordinate_wise=config.criterion == "coordinate-norm",
             inner_products=config.criterion in ("inner-product", "augmented"),
             axis_name=devices.axis_name,
+            constant=config.criterion == "none",
         )
         curvature = _curvature_batch(config, num_examples)
 

@@ -42,6 +42,7 @@ def make_gradient(
     coordinate_wise: bool = False,
     inner_products: bool = False,
     axis_name: str | None = None,
+    constant: bool = False,
 ) -> Callable[..., tuple[jax.Array, adabatch.GradientNoise]]:
     """Builds the first half of the step, arguments as for `make_step`.
 
@@ -70,7 +71,7 @@ def make_gradient(
         count: jax.Array,
     ) -> tuple[jax.Array, adabatch.GradientNoise]:
         groups = {"index": indices, "size": sizes}
-        measure = adabatch.needs_noise(opt_state)
+        measure = False if constant else adabatch.needs_noise(opt_state)
         return value_and_grad(params, groups, data, count=count, sizes=sizes, measure=measure)
 
     return gradient
@@ -136,6 +137,7 @@ def make_step(
     inner_products: bool = False,
     curvature: np.ndarray | None = None,
     axis_name: str | None = None,
+    constant: bool = False,
 ) -> Callable[..., tuple[PyTree, PyTree, dict[str, Any]]]:
     """Builds the step.
 
@@ -149,6 +151,7 @@ def make_step(
       inner_products: measure what the inner-product tests need.
       curvature: int [num_groups, group_size], the examples on which the curvature is measured.
       axis_name: the device axis over which the groups are spread; None: a single device.
+      constant: the batch never grows, so no step measures the noise: known while compiling, that is free.
 
     Returns:
       `step(params, opt_state, data, indices, sizes, count) -> (params, opt_state, report)` with
@@ -162,6 +165,7 @@ def make_step(
         coordinate_wise=coordinate_wise,
         inner_products=inner_products,
         axis_name=axis_name,
+        constant=constant,
     )
     update = make_update(apply, optimizer, curvature=curvature)
 

@@ -1,11 +1,11 @@
 """All benchmarks, one after the other, each in a process of its own.
 
-    pip install ".[train,peers]"
+    pip install ".[test,peers]"
     tests/benchmarks/peers.sh .venv-peers     # the peers that need an environment of their own
     python -m tests.benchmarks --peers-python .venv-peers/bin/python
 
 Tables are printed; the numbers are kept in runs/benchmarks/*.json, and what is there is not repeated by
-the longer ones. About an hour and a half on two cores that have nothing else to do.
+the longer ones. About an hour on two cores that have nothing else to do.
 """
 
 from __future__ import annotations

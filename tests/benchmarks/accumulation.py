@@ -15,8 +15,9 @@ and state are donated everywhere:
 * fused: `value_and_grad_noise` over the first k of 64 groups and one update, one call.
 
 Then a controller that has nothing to do, in fused steps of 16 micro-batches, over the loop by hand: at its
-largest batch size, and between two tests (`test_interval`); and one that tests. Memory is what is alive
-during a call, parameters and optimizer state among it, without the examples.
+largest batch size (as the state says, and where that is known while compiling), and between two tests
+(`test_interval`); and one that tests. Memory is what is alive during a call, parameters and optimizer
+state among it, without the examples.
 About four minutes a network; those done are kept in runs/benchmarks/accumulation.json.
 """
 
@@ -26,6 +27,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +96,16 @@ def by_hand(loss_fn: Callable[..., jax.Array], optimizer: Any) -> Callable[..., 
     return step
 
 
-def fused(loss_fn: Callable[..., jax.Array], optimizer: Any) -> Callable[..., Any]:
+def fused(
+    loss_fn: Callable[..., jax.Array], optimizer: Any, measure: bool | None = None
+) -> Callable[..., Any]:
+    """With `measure` whether to measure the noise is known while compiling, else the state tells."""
     value_and_grad = adabatch.value_and_grad_noise(loss_fn)
     update = optax.with_extra_args_support(optimizer).update
 
     def step(params: PyTree, state: PyTree, groups: PyTree, count: jax.Array) -> Any:
-        measure = adabatch.needs_noise(state)
-        value, noise = value_and_grad(params, groups, count=count, measure=measure)
+        wanted = adabatch.needs_noise(state) if measure is None else measure
+        value, noise = value_and_grad(params, groups, count=count, measure=wanted)
         updates, state = update(noise.mean, state, params, value=value, noise=noise)
         return optax.apply_updates(params, updates), state, value
 
@@ -194,6 +199,7 @@ def idle(name: str, scale: int) -> dict[str, tuple[Way, PyTree, float]]:
     steps = {
         "none, loop by hand": (by_hand, optax.adam(RATE)),
         "at the maximum": (fused, controlled(batch, batch)),
+        "at the maximum, known": (partial(fused, measure=False), controlled(batch, batch)),
         "between tests": (fused, controlled(batch, 2 * batch, test_interval=1_000_000)),
         "testing": (fused, controlled(batch, 2 * batch)),
     }

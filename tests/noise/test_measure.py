@@ -53,6 +53,22 @@ def test_measured_or_not_value_and_gradient_are_the_same(params, groups, options
         assert np.isnan(statistic).all()
 
 
+def test_what_is_known_while_compiling_leaves_no_choice_in_the_program(params, groups):
+    def program(measure):
+        fn = adabatch.value_and_grad_noise(loss_fn)
+        given = () if measure is not None else (jnp.bool_(False),)
+        run = jax.jit(lambda p, g, m=measure: fn(p, g, measure=m))
+        return run.lower(params, groups, *given).compile()
+
+    traced, known = program(None), program(False)
+    assert "conditional(" in traced.as_text() and "conditional(" not in known.as_text()
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        known(params, groups),
+        traced(params, groups, jnp.bool_(False)),
+    )
+
+
 def controlled(**options):
     given = {"initial_batch_size": 8, "max_batch_size": 32, "multiple_of": 4, **options}
     return optax.chain(adabatch.adapt_batch_size(adabatch.norm_test(0.1), **given), optax.sgd(0.01))
