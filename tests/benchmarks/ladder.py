@@ -22,7 +22,7 @@ hide behind two seconds of steps. CNN, 392 steps and 53 sizes, once: 76, 74, 66,
 
 Rungs that grow by four instead of two were tried: MLP 5.7, 5.9, 3.1, 12.2 in the hour of the third run
 above, CNN (once) 93, 79, 69, 153. They were left, since up to twice as many groups share a batch then: by
-the model of `recommend_estimator` an MLP's step just before the next rung takes 1.6 times as long.
+the model of `recommend_estimator` an MLP's step just before the next rung takes up to 1.6 times as long.
 """
 
 from __future__ import annotations
