@@ -15,8 +15,8 @@ and state are donated everywhere:
 * fused: `value_and_grad_noise` over the first k of 64 groups and one update, one call.
 
 Then a controller that has nothing to do, in fused steps of 16 micro-batches, over the loop by hand: at its
-largest batch size (as the state says, and where that is known while compiling), and between two tests
-(`test_interval`); and one that tests. Memory is what is alive during a call, parameters and optimizer
+largest batch size, and between two tests (`test_interval`); and one that tests. "Known": `measure` is given
+while compiling, not read from the state. Memory is what is alive during a call, parameters and optimizer
 state among it, without the examples.
 About four minutes a network; those done are kept in runs/benchmarks/accumulation.json.
 """
@@ -202,6 +202,7 @@ def idle(name: str, scale: int) -> dict[str, tuple[Way, PyTree, float]]:
         "at the maximum, known": (partial(fused, measure=False), controlled(batch, batch)),
         "between tests": (fused, controlled(batch, 2 * batch, test_interval=1_000_000)),
         "testing": (fused, controlled(batch, 2 * batch)),
+        "testing, known": (partial(fused, measure=True), controlled(batch, 2 * batch)),
     }
     return {
         title: whole(made(loss_fn, optimizer), optimizer, params, groups, count)
