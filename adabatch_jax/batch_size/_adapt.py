@@ -135,9 +135,11 @@ def adapt_batch_size(
         first: Any
         if isinstance(initial_batch_size, jax.Array | jax.core.Tracer):
             first = initial_batch_size.astype(jnp.int32)
-        else:  # NumPy's while tracing: known, so that a wrapper can check it against its micro-batch,
-            first = np.int32(initial_batch_size)  # and no array that a device must give back
+        else:
+            # While tracing it stays NumPy's: a wrapper can check it against its micro-batch, and the
+            # program does not hold an array that the device would have to give back.
             tracing = isinstance(jnp.zeros(()), jax.core.Tracer)
+            first = np.int32(initial_batch_size)
             first = first if tracing else jax.device_put(first)
         # Every field has a buffer of its own: a state whose fields share one cannot be donated.
         return AdaptBatchSizeState(

@@ -91,7 +91,7 @@ def value_and_grad_noise(
       * `measure`: bool, may be traced: whether the noise is wanted. False leaves every scatter NaN, and
         the call costs little more than the gradient alone (but for what `vectorize`, `lanes` and
         `coordinate_wise` compute anyway). `needs_noise(opt_state)` tells. Where it is the same for all
-        steps give a Python bool or, for True, nothing: the choice alone costs a wide MLP 5 to 8 % of a step
+        steps give a Python bool or, for True, nothing: the choice alone costs a wide MLP 5 to 9 % of a step
         on a CPU (tests/benchmarks/accumulation.py).
       * `noise.mean` is the gradient, in the dtype of the parameters; `value` the mean loss over all
         examples; statistics are float32. With no examples at all the value is NaN, the gradient 0.

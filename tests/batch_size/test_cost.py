@@ -77,8 +77,11 @@ def fused():
     return compiled(step, optimizer.init(params()), jnp.ones((GROUPS, SIZE, WIDTH)))
 
 
-# On a GPU XLA adds up what MultiSteps gathers matrix by matrix. We look at the whole gradient before.
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="up to a gradient more")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu",
+    reason="on an H200 it held 12 % more: XLA adds what MultiSteps gathers matrix by matrix there, "
+    "while the drop-in needs the whole gradient before, to skip one that is not finite",
+)
 def test_the_drop_in_needs_no_more_memory_than_multi_steps(multi_steps):
     drop_in = call_by_call(adabatch.adaptive_multi_steps(controlled(), micro_batch_size=SIZE))
     assert memory(drop_in, SIZE) <= memory(multi_steps, SIZE)

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from noise_estimators import WideMLP
+from noise_estimators import WideMLP, added_up
 
 import adabatch_jax as adabatch
 from adabatch_jax.training._models import CNN
@@ -83,12 +83,7 @@ def controlled(size: int, largest: int, **more: Any) -> optax.GradientTransforma
 
 def by_hand(loss_fn: Callable[..., jax.Array], optimizer: Any) -> Callable[..., Any]:
     def step(params: PyTree, state: PyTree, groups: PyTree, count: jax.Array) -> Any:
-        def add(i: jax.Array, so_far: Any) -> Any:
-            batch = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False), groups)
-            return jax.tree.map(jnp.add, so_far, jax.value_and_grad(loss_fn)(params, batch))
-
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        sums = jax.lax.fori_loop(0, count, add, zeros)
+        sums = added_up(loss_fn, params, groups, count)
         value, gradient = jax.tree.map(lambda x: x / count, sums)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value

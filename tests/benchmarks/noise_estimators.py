@@ -92,6 +92,17 @@ def problem(name: str, scale: int = 1) -> tuple[nn.Module, int, jax.Array, jax.A
     return WideMLP() if name == "mlp" else CNN(10), size, jnp.asarray(x), jnp.asarray(labels)
 
 
+def added_up(loss_fn: Callable[..., jax.Array], params: PyTree, groups: PyTree, count: Any) -> Any:
+    """Losses and gradients of the first `count` groups, in a loop; no noise is measured."""
+
+    def add(i: jax.Array, so_far: Any) -> Any:
+        group = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, 0, False), groups)
+        return jax.tree.map(jnp.add, so_far, jax.value_and_grad(loss_fn)(params, group))
+
+    zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.fori_loop(0, count, add, zeros)
+
+
 def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], int]]:
     """Of each, a function of parameters, batch and key, and its degrees of freedom."""
 
@@ -107,15 +118,7 @@ def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], in
         return jax.value_and_grad(mean_loss)(params, batch)
 
     def parts(params: PyTree, batch: PyTree, key: jax.Array) -> Any:
-        split = adabatch.split_groups(batch, PARTS)
-
-        def add(i: jax.Array, so_far: Any) -> Any:
-            part = jax.tree.map(lambda a: a[i], split)
-            return jax.tree.map(jnp.add, so_far, jax.value_and_grad(mean_loss)(params, part))
-
-        return jax.lax.fori_loop(
-            0, PARTS, add, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        )
+        return added_up(mean_loss, params, adabatch.split_groups(batch, PARTS), PARTS)
 
     def groups(number: int, at_once: int = 1) -> Callable[..., Any]:
         fn = adabatch.value_and_grad_noise(mean_loss, vectorize=at_once)

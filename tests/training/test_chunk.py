@@ -51,7 +51,10 @@ CONFIGS = {
 }
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere XLA chooses by timing")
+@pytest.mark.skipif(
+    jax.default_backend() != "cpu",
+    reason="promised for CPUs: on an H200 the two programs' losses were 2e-7 apart after 20 steps",
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_run_is_the_same_to_the_last_bit(digits, name):
     config = dict(model="logistic", epochs=2, **CONFIGS[name])
