@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from adabatch_jax.training import TrainConfig, train
+from adabatch_jax.training._report import write_json
 
 
 def seconds(every: int | None, epochs: int, examples_at_most: int) -> tuple[float, int, int]:
@@ -45,6 +46,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--max-batch-size", type=int, default=128)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/benchmarks/checkpoint_overhead.json")
+    )
     options = parser.parse_args()
     taken: dict[int | None, list[float]] = {None: [], options.every: []}
     for _ in range(options.repeats):
@@ -57,6 +61,7 @@ def main() -> None:
     print(
         f"with over without: {min(ratios):.3f} / {statistics.median(ratios):.3f} / {max(ratios):.3f}"
     )
+    write_json(options.out, dict(without=without, with_checkpoints=with_them, ratios=ratios))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,11 @@ the model of `recommend_estimator` an MLP's step just before the next rung takes
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +44,7 @@ from adabatch_jax.training import Dataset, Feed, TrainConfig, load_dataset
 from adabatch_jax.training._compiled import CompiledSteps
 from adabatch_jax.training._ladder import rung_after, rung_for
 from adabatch_jax.training._loop import Run
+from adabatch_jax.training._report import write_json
 from adabatch_jax.training._step import losses_and_logits
 
 SIZES = dict(initial_batch_size=64, max_batch_size=8192)
@@ -132,6 +135,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--model", choices=("mlp", "cnn"), default="mlp")
     parser.add_argument("--smoothing", type=float, help="of the test; left out: none")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/ladder.json"))
     options = parser.parse_args()
     dataset = load_dataset("fashion-mnist")
     config = TrainConfig(
@@ -166,6 +170,9 @@ def main() -> None:
     ratios = per_example(config, dataset, 20)
     spread = " / ".join(f"{f(ratios):.2f}" for f in (min, statistics.median, max))
     print(f"time of an example at the largest rung over a plain step: {spread}")
+    found = dict(seconds=taken, waited=waited, batch_sizes=sizes, per_example_over_plain=ratios)
+    others = json.loads(options.out.read_text()) if options.out.exists() else {}
+    write_json(options.out, others | {options.model: found})
 
 
 if __name__ == "__main__":
