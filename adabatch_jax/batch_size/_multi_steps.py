@@ -11,6 +11,7 @@ import optax
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
 from adabatch_jax._tree import cast_like, squared_norm, trainable, widen
+from adabatch_jax.batch_size._at_most_once import at_most_once, unmoved
 from adabatch_jax.batch_size._read import controller_state, get_batch_size, metrics, needs_noise
 from adabatch_jax.noise import GradientNoise
 from adabatch_jax.noise._gradient_noise import blend, join_noise, pool_noise, unless_measured
@@ -184,20 +185,22 @@ def adaptive_multi_steps(
             told = jnp.where(lost, jnp.nan, told)
         if value is not None:
             extra_args["value"] = told.astype(jnp.asarray(value).dtype)
-        mean = cast_like(joint.mean, updates)
-        new_updates, inner = optimizer.update(
-            mean,
-            state.inner_opt_state,
-            params,
-            noise=unless_measured(joint._replace(mean=mean), measure),
-            hold_batch_size=jnp.asarray(hold_batch_size).astype(bool) | averaged,
-            emit=emit,
-            **extra_args,
-        )
+        held = jnp.asarray(hold_batch_size).astype(bool) | averaged
+        noise = unless_measured(joint._replace(mean=cast_like(joint.mean, updates)), measure)
+
+        def act(turn: jax.Array, inner: PyTree) -> tuple[PyTree, PyTree]:
+            seen, given, more = unmoved((noise, params, extra_args), turn)
+            new_updates, new = optimizer.update(
+                seen.mean, inner, given, noise=seen, hold_batch_size=held, emit=emit, **more
+            )
+            if returns is not None and value is not None:  # a lost batch may only lead back
+                kept = ~lost | (_returns_made(new) > returns)
+                new = jax.tree.map(lambda x, y: jnp.where(kept, x, y), new, inner)
+            return new_updates, new
+
+        new_updates, inner = at_most_once(emit, act, updates, state.inner_opt_state)
         if returns is not None and value is not None:
             emit &= ~lost | (_returns_made(inner) > returns)
-        # `where`, not `cond`: a cond around the state copies it, which costs more than the update.
-        inner = jax.tree.map(lambda x, y: jnp.where(emit, x, y), inner, state.inner_opt_state)
         new_updates = jax.tree.map(lambda u: jnp.where(emit, u, jnp.zeros_like(u)), new_updates)
         empty = jnp.where(emit, 0, 1)
         # The running mean needs no clearing: without examples a side has no weight in a merge.

@@ -10,6 +10,7 @@ and state are donated everywhere:
 
 * bare: `jax.value_and_grad` of a micro-batch, k calls, nothing added up;
 * MultiSteps: `optax.MultiSteps(adam, k)`, k calls of gradient and update;
+* MultiSteps, guarded: the same with `optax.skip_not_finite`, since ours skips such gradients, too;
 * drop-in: `adaptive_multi_steps` around the norm test and Adam, k calls;
 * loop: what one would write by hand: a loop that adds up k gradients and one update, one call;
 * fused: `value_and_grad_noise` over the first k of 64 groups and one update, one call.
@@ -17,8 +18,9 @@ and state are donated everywhere:
 Then a controller that has nothing to do, in fused steps of 16 micro-batches, over the loop by hand: at its
 largest batch size, and between two tests (`test_interval`); and one that tests. "Known": `measure` is given
 while compiling, not read from the state. Memory is what is alive during a call, parameters and optimizer
-state among it, without the examples.
-About four minutes a network; those done are kept in runs/benchmarks/accumulation.json.
+state among it, without the examples. Last, both once more for the MLP and 16 micro-batches of 64, 128 and
+256: the larger, the less it matters that all weights are read again.
+About five minutes a network, the MLP nine; those done are kept in runs/benchmarks/accumulation.json.
 """
 
 from __future__ import annotations
@@ -47,16 +49,18 @@ PyTree = Any
 Way = Callable[[PyTree], PyTree]  # one optimizer step: what it was given before, what it leaves
 GROUPS = 64
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
+LARGER = (2, 4, 8)  # times the MLP's micro-batch
+GUARD = {"should_skip_update_fn": optax.skip_not_finite}
 RATE = 1e-6  # the parameters hardly move, so every turn computes the same
 
 
-PROBLEMS = ("mlp", "cnn", "transformer")
+SIZES = {"mlp": 32, "cnn": 32, "transformer": 8}  # of a micro-batch
+PROBLEMS = tuple(SIZES)
 
 
 def problem(name: str, scale: int = 1) -> tuple[Callable[..., jax.Array], PyTree, PyTree]:
     """The mean loss, parameters, and groups of examples [GROUPS, micro-batch size, …]."""
-    rng = np.random.default_rng(0)
-    size = scale * (8 if name == "transformer" else 32)
+    rng, size = np.random.default_rng(0), scale * SIZES[name]
     net: nn.Module
     if name == "transformer":
         text = rng.integers(0, 256, (GROUPS, size, 65))
@@ -92,15 +96,16 @@ def by_hand(loss_fn: Callable[..., jax.Array], optimizer: Any) -> Callable[..., 
 
 
 def fused(
-    loss_fn: Callable[..., jax.Array], optimizer: Any, measure: bool | None = None
+    loss_fn: Callable[..., jax.Array],
+    optimizer: Any,
+    wanted: Callable[[PyTree], Any] = adabatch.needs_noise,
 ) -> Callable[..., Any]:
-    """With `measure` whether to measure the noise is known while compiling, else the state tells."""
+    """`wanted` tells of the optimizer state whether to measure the noise; None means always."""
     value_and_grad = adabatch.value_and_grad_noise(loss_fn)
     update = optax.with_extra_args_support(optimizer).update
 
     def step(params: PyTree, state: PyTree, groups: PyTree, count: jax.Array) -> Any:
-        wanted = adabatch.needs_noise(state) if measure is None else measure
-        value, noise = value_and_grad(params, groups, count=count, measure=wanted)
+        value, noise = value_and_grad(params, groups, count=count, measure=wanted(state))
         updates, state = update(noise.mean, state, params, value=value, noise=noise)
         return optax.apply_updates(params, updates), state, value
 
@@ -171,17 +176,18 @@ def ways(name: str, scale: int, count: int) -> dict[str, tuple[Way, PyTree, floa
 
         found[name] = way, copied((params, state)), megabytes
 
-    multi = optax.MultiSteps(optax.with_extra_args_support(optax.adam(RATE)), count)
-    add("MultiSteps", multi.gradient_transformation())
+    inner = optax.with_extra_args_support(optax.adam(RATE))
+    for title, skip in (("MultiSteps", {}), ("MultiSteps, guarded", GUARD)):
+        add(title, optax.MultiSteps(inner, count, **skip).gradient_transformation())
     if count > 1:  # noise shows only between two
-        inner = controlled(count * size, count * size * 2)
-        add("drop-in", adabatch.adaptive_multi_steps(inner, micro_batch_size=size))
+        controller = controlled(count * size, count * size * 2)
+        add("drop-in", adabatch.adaptive_multi_steps(controller, micro_batch_size=size))
 
     number = jnp.int32(count)
-    controller = controlled(count * size, count * size * 2)
+    always = partial(fused, wanted=lambda state: None)
     for title, made, optimizer in (
         ("loop", by_hand, optax.adam(RATE)),
-        ("fused", fused, controller),
+        ("fused", always, controlled(count * size, count * size * 2)),
     ):
         found[title] = whole(made(loss_fn, optimizer), optimizer, params, groups, number)
     return found
@@ -194,10 +200,13 @@ def idle(name: str, scale: int) -> dict[str, tuple[Way, PyTree, float]]:
     steps = {
         "none, loop by hand": (by_hand, optax.adam(RATE)),
         "at the maximum": (fused, controlled(batch, batch)),
-        "at the maximum, known": (partial(fused, measure=False), controlled(batch, batch)),
+        "at the maximum, known": (
+            partial(fused, wanted=lambda state: False),
+            controlled(batch, batch),
+        ),
         "between tests": (fused, controlled(batch, 2 * batch, test_interval=1_000_000)),
         "testing": (fused, controlled(batch, 2 * batch)),
-        "testing, known": (partial(fused, measure=True), controlled(batch, 2 * batch)),
+        "testing, known": (partial(fused, wanted=lambda state: True), controlled(batch, 2 * batch)),
     }
     return {
         title: whole(made(loss_fn, optimizer), optimizer, params, groups, count)
@@ -242,19 +251,25 @@ def show(results: dict[str, Any]) -> None:
     def spread(ratios: list[float] | None) -> str:
         return " / ".join(f"{r:.2f}" for r in ratios) if ratios else "–"
 
-    print("| network | k | way | ms | over bare: min / median / max | over MultiSteps | MB |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| network | size | k | way | ms | over bare: min / median / max | over MultiSteps | MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name, result in results.items():
-        for count in COUNTS:
-            for title, row in result.get(str(count), {}).items():
+        for case, rows in result.items():
+            for title, row in rows.items() if case.split()[1] != "idle" else ():
                 print(
-                    f"| {name} | {count} | {title} | {row['ms']:.1f} | {spread(row['over first'])} | "
-                    f"{spread(row['over MultiSteps'])} | {row['MB']:.1f} |"
+                    f"| {name} | {case.replace(' ', ' | ')} | {title} | {row['ms']:.1f} | "
+                    f"{spread(row['over first'])} | {spread(row['over MultiSteps'])} | {row['MB']:.1f} |"
                 )
-    print("\n| network | controller | ms | over none: min / median / max |\n|---|---|---|---|")
+    print(
+        "\n| network | size | controller | ms | over none: min / median / max |\n|---|---|---|---|---|"
+    )
     for name, result in results.items():
-        for title, row in result.get("idle", {}).items():
-            print(f"| {name} | {title} | {row['ms']:.1f} | {spread(row['over first'])} |")
+        for case, rows in result.items():
+            for title, row in rows.items() if case.split()[1] == "idle" else ():
+                ratios = spread(row["over first"])
+                print(f"| {name} | {case.split()[0]} | {title} | {row['ms']:.1f} | {ratios} |")
 
 
 def main() -> None:
@@ -268,12 +283,16 @@ def main() -> None:
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in [options.problem] if options.problem else PROBLEMS:
         result = results.setdefault(name, {})
-        for count in COUNTS if options.count is None else filter(None, [options.count]):
-            if str(count) not in result:
-                result[str(count)] = measure(ways(name, options.scale, count), options.seconds)
-                write_json(options.out, results)
-        if not options.count and "idle" not in result:
-            result["idle"] = measure(idle(name, options.scale), options.seconds)
+        cases = [(options.scale, count) for count in (*COUNTS, 0)]
+        if name == "mlp":
+            cases += [(options.scale * n, count) for n in LARGER for count in (16, 0)]
+        for scale, count in cases:
+            size = scale * SIZES[name]
+            case = f"{size} {count or 'idle'}"  # micro-batch size, and how many make a step
+            if case in result or options.count not in (None, count):
+                continue
+            found = ways(name, scale, count) if count else idle(name, scale)
+            result[case] = measure(found, options.seconds)
             write_json(options.out, results)
     show(results)
 

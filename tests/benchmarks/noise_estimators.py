@@ -6,12 +6,12 @@
 Three networks, random data, float32, two cores: an MLP (784-1024-1024-10) with a batch of 256, the CNN
 of the command with 128 images of 28 × 28, its transformer with 32 windows of 64 bytes. Plain is
 `jax.value_and_grad` of the mean loss of the same batch. All take turns in one process; the ratio is that
-of one turn, and its minimum, median and maximum are shown. About three minutes a network; problems done
-are kept in runs/benchmarks/noise_estimators.json. `--problem mlp --only time` takes the times alone, in
-30 s.
+of one turn, and its minimum, median and maximum are shown. Then the times once more for larger batches of
+the MLP. About three minutes a network, the MLP five; problems done are kept in
+runs/benchmarks/noise_estimators.json. `--only time` takes the times alone.
 
 * in 8 parts: gradients of 8 groups, added up in a loop, no noise measured: no group can cost less;
-* groups: `value_and_grad_noise` over 8 or 16 groups, one after the other, or 8 at once under `vmap`;
+* groups: `value_and_grad_noise` over 2, 8 or 16 groups, one after the other, or 8 at once under `vmap`;
 * signs: `value_and_grad_signs` with one or two sign vectors;
 * structured: the same over single examples, by `noise/_structured/`, which is not public;
 * per example: the same, one after the other.
@@ -63,6 +63,8 @@ DRAWS, POOL, PARTS = 200, 1024, 8
 SIZES = {"mlp": 256, "cnn": 128, "transformer": 32}
 PROBLEMS = tuple(SIZES)
 NO_NOISE = ("plain", "in 8 parts")
+LARGER = (4, 8, 32)  # times the MLP's batch
+CHEAP = (*NO_NOISE, "groups, 2", "groups, 8", "signs, 1", "structured")
 PyTree = Any
 
 
@@ -135,6 +137,7 @@ def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], in
     return {
         "plain": (plain, 0),
         "in 8 parts": (parts, 0),
+        "groups, 2": (groups(2), 1),
         "groups, 8": (groups(8), 7),
         "groups, 8 at once": (groups(8, 8), 7),
         "groups, 16": (groups(16), 15),
@@ -145,20 +148,25 @@ def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], in
     }
 
 
-def prepare(name: str, scale: int) -> tuple[dict[str, Any], PyTree, int, jax.Array, jax.Array]:
+def prepare(
+    name: str, scale: int, only: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], PyTree, int, jax.Array, jax.Array]:
     net, size, x, y = problem(name, scale)
     params = net.init(jax.random.key(0), x[:1])
     given = (params, (x[:size], y[:size]), jax.random.key(1))
     compiled = {
         method: jax.jit(fn).lower(*given).compile()
         for method, (fn, _) in methods(net, size).items()
+        if not only or method in only
     }
     return compiled, params, size, x, y
 
 
-def times(name: str, scale: int, seconds: float) -> dict[str, dict[str, Any]]:
+def times(
+    name: str, scale: int, seconds: float, only: tuple[str, ...] = ()
+) -> dict[str, dict[str, Any]]:
     """Ratios to plain within a turn; single examples, which take long, in every eighth turn."""
-    compiled, params, size, x, y = prepare(name, scale)
+    compiled, params, size, x, y = prepare(name, scale, only)
     given = (params, (x[:size], y[:size]), jax.random.key(1))
     taken: dict[str, list[tuple[float, float]]] = {method: [] for method in compiled}
     for run in compiled.values():
@@ -221,6 +229,16 @@ def show(results: dict[str, Any], scale: int) -> None:
                 worst = (2 / freedom) ** 0.5
                 exact = f"{freedom} | {worst:.2f} | {row['error']:.3f} | {row['trace']:.4g}"
             print(f"| {name} | {method} | {timed} | {exact} |")
+    larger = results.get("mlp", {}).get("larger", {})
+    if not larger:
+        return
+    print(
+        "\n| MLP, batch | method | ms | over plain: min / median / max | MB |\n|---|---|---|---|---|"
+    )
+    for size, rows in larger.items():
+        for method, row in rows.items():
+            ratios = " / ".join(f"{r:.2f}" for r in row["ratio"])
+            print(f"| {size} | {method} | {row['ms']:.1f} | {ratios} | {row['MB']:.1f} |")
 
 
 def main() -> None:
@@ -239,6 +257,11 @@ def main() -> None:
             result["time"] = times(name, options.scale, options.seconds)
         if options.only != "time" and "error" not in result:
             result["error"] = errors(name, options.scale, options.draws)
+        for times_larger in LARGER if name == "mlp" and options.only != "error" else ():
+            size = str(SIZES[name] * options.scale * times_larger)
+            larger = result.setdefault("larger", {})
+            if size not in larger:
+                larger[size] = times(name, options.scale * times_larger, options.seconds, CHEAP)
         write_json(options.out, results)
     show(results, options.scale)
 

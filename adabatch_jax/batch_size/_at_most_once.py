@@ -1,0 +1,78 @@
+"""A step that is made or not, in place: the optimizer of a batch that may not be complete yet.
+
+On a CPU `lax.cond` copies the optimizer state in either branch, and `where` computes an update only to
+throw it away. A loop of one turn or none does neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adabatch_jax._axes import to_varying, varying_axes
+
+PyTree = Any
+
+
+def at_most_once(
+    wanted: jax.Array,
+    act: Callable[[jax.Array, PyTree], tuple[PyTree, PyTree]],
+    like: PyTree,
+    state: PyTree,
+) -> tuple[PyTree, PyTree]:
+    """`act(turn, state)` where `wanted`; else the state as it is, and updates without a meaning.
+
+    Args:
+      wanted: bool scalar, traced.
+      act: `act(turn, state) -> (updates, state)`; what it reads besides must come by `unmoved`.
+      like: arrays that nobody needs any more, in the structure of the updates. Where one has the type of
+        its update, it takes the place of an update that is not made: zeros would have to be written.
+      state: what `act` changes.
+    """
+    updates, made = jax.eval_shape(act, jnp.zeros((), jnp.int32), state)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), updates)
+    needed: Any = jax.tree.structure(updates)
+    alike = needed == jax.tree.structure(like)
+
+    def room(x: Any, zero: jax.Array, shape: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        fits = (x.shape, x.dtype) == (shape.shape, shape.dtype)
+        fits &= varying_axes(x) <= varying_axes(shape)
+        return to_varying(x if fits else zero, varying_axes(shape))
+
+    def joined(x: Any, other: Any) -> jax.Array:
+        """`x` in the type that `where` would give it beside `other`."""
+        x = jnp.asarray(x)
+        x = x if x.dtype == other.dtype else x.astype(jnp.promote_types(x.dtype, other.dtype))
+        return to_varying(x, varying_axes(other))
+
+    start = (
+        jax.tree.map(room, like if alike else zeros, zeros, updates),
+        jax.tree.map(joined, state, made),
+    )
+
+    def turn(index: jax.Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        return jax.tree.map(joined, act(index, carry[1]), start)
+
+    return jax.lax.fori_loop(0, wanted.astype(jnp.int32), turn, start)
+
+
+def unmoved(tree: PyTree, turn: jax.Array) -> PyTree:
+    """The same tree, but XLA believes that its arrays change with the turn.
+
+    Otherwise it would compute before the loop what needs nothing else, the squares of a gradient say, and
+    so in every call.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [
+        i
+        for i, x in enumerate(leaves)
+        if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    ]
+    held, _ = jax.lax.optimization_barrier(([leaves[i] for i in arrays], turn))
+    for i, x in zip(arrays, held, strict=True):
+        leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
