@@ -60,8 +60,11 @@ def adaptive_multi_steps(
     micro-batch, for groups finer than it; `updates` must then be `noise.mean`). Inner-product tests
     need it, with one call covering the whole batch: inner products of different calls refer to
     different means and are reported as NaN, which holds the batch size. Links inside also get
-    `emit=` (traced bool, true when a batch is complete), to keep expensive work out of the calls
-    whose result is dropped.
+    `emit=` (traced bool): false only under `vmap`, where those whose batch is not complete are called
+    with the others, and what they return is dropped.
+
+    The optimizer runs in a loop of one turn or none, so a call that completes no batch costs its gradient
+    and a running mean. Such a loop has no derivative in reverse mode (`jax.grad` of a training run).
 
     A micro-batch whose gradient or loss (`value=`) holds NaN or inf, or whose gradient is longer than
     1e15, is skipped and counted; the batch takes one more. If every one is skipped, no step is ever made:

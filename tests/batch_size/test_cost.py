@@ -101,6 +101,13 @@ def test_the_loop_over_groups_copies_no_parameters(fused):
         assert not re.search(rf"f32\[{WIDTH},{WIDTH}\]\S* copy\(", body)
 
 
+def test_a_call_of_the_drop_in_copies_no_parameters():
+    drop_in = adabatch.adaptive_multi_steps(controlled(), micro_batch_size=SIZE)
+    text = call_by_call(drop_in).as_text()
+    entry = text[text.index("\nENTRY ") :]  # what every call does, complete batch or not
+    assert not re.search(rf"f32\[{WIDTH},{WIDTH}\]\S* copy\(", entry)
+
+
 def flops(fn, *arguments):
     return jax.jit(fn).lower(*arguments).compile().cost_analysis()["flops"]
 
