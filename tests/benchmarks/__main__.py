@@ -5,7 +5,7 @@
     python -m tests.benchmarks --peers-python .venv-peers/bin/python
 
 Tables are printed; the numbers are kept in runs/benchmarks/*.json, and what is there is not repeated by
-the longer ones. About an hour on two cores that have nothing else to do.
+the longer ones. A little more than an hour on two cores that have nothing else to do.
 """
 
 from __future__ import annotations
