@@ -33,15 +33,15 @@ def at_most_once(
       state: what `act` changes.
     """
     updates, made = jax.eval_shape(act, jnp.zeros((), jnp.int32), state)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), updates)
     needed: Any = jax.tree.structure(updates)
     alike = needed == jax.tree.structure(like)
 
-    def room(x: Any, zero: jax.Array, shape: Any) -> jax.Array:
-        x = jnp.asarray(x)
-        fits = (x.shape, x.dtype) == (shape.shape, shape.dtype)
-        fits &= varying_axes(x) <= varying_axes(shape)
-        return to_varying(x if fits else zero, varying_axes(shape))
+    def room(shape: Any, x: Any) -> jax.Array:
+        kind, given = jax.typeof(shape), jax.typeof(x)
+        fits = alike and (kind.shape, kind.dtype) == (given.shape, given.dtype)
+        fits = fits and kind.sharding == given.sharding and varying_axes(x) <= varying_axes(shape)
+        unused = x if fits else jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
+        return to_varying(jnp.asarray(unused), varying_axes(shape))
 
     def joined(x: Any, other: Any) -> jax.Array:
         """`x` in the type that `where` would give it beside `other`."""
@@ -50,7 +50,7 @@ def at_most_once(
         return to_varying(x, varying_axes(other))
 
     start = (
-        jax.tree.map(room, like if alike else zeros, zeros, updates),
+        jax.tree.map(room, updates, like if alike else updates),
         jax.tree.map(joined, state, made),
     )
 

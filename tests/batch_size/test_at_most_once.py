@@ -74,3 +74,17 @@ def test_nothing_is_computed_before_it_is_wanted(held):
     sines = [name for name, block in blocks.items() if "sine(" in block and name != "ENTRY"]
     early = "sine(" in entry or any(f"calls={name}" in entry for name in sines)
     assert early == (not held)
+
+
+def test_updates_of_another_type_are_sharded_as_the_step_leaves_them():
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec("d", None)
+
+    def act(turn, state):
+        (seen,) = unmoved((x,), turn)
+        return seen.astype(jnp.float32), state + 1
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((4, 2), jnp.bfloat16), jax.NamedSharding(mesh, spec))
+        updates, _ = jax.jit(lambda x: at_most_once(jnp.array(True), act, x, jnp.array(0)))(x)
+    assert updates.sharding.spec == spec
