@@ -181,7 +181,8 @@ def adaptive_multi_steps(
         size = get_batch_size(state.inner_opt_state)
         emit = joint.num_examples >= size
         told, returns = mean_loss, _returns_made(state.inner_opt_state)
-        if returns is not None and value is not None:  # as many calls as fill a batch, all skipped
+        may_return = returns is not None and value is not None
+        if may_return:  # as many calls as fill a batch, all skipped
             lost = (state.micro_batches + 1) * micro_batch_size * devices >= size
             lost &= joint.num_examples == 0
             emit |= lost
@@ -196,13 +197,13 @@ def adaptive_multi_steps(
             new_updates, new = optimizer.update(
                 seen.mean, inner, given, noise=seen, hold_batch_size=held, emit=emit, **more
             )
-            if returns is not None and value is not None:  # a lost batch may only lead back
+            if may_return:  # a lost batch may only lead back
                 kept = ~lost | (_returns_made(new) > returns)
                 new = jax.tree.map(lambda x, y: jnp.where(kept, x, y), new, inner)
             return new_updates, new
 
         new_updates, inner = at_most_once(emit, act, updates, state.inner_opt_state)
-        if returns is not None and value is not None:
+        if may_return:
             emit &= ~lost | (_returns_made(inner) > returns)
         new_updates = jax.tree.map(lambda u: jnp.where(emit, u, jnp.zeros_like(u)), new_updates)
         empty = jnp.where(emit, 0, 1)
