@@ -144,6 +144,7 @@ def adapt_batch_size(
         # Every field has a buffer of its own: a state whose fields share one cannot be donated.
         return AdaptBatchSizeState(
             next_batch_size=first,
+            largest_batch_size=jnp.array(max_batch_size, jnp.int32),
             examples_clock=zero_clock(),
             updates_seen=jnp.zeros((), jnp.int32),
             evidence_ema=() if smoothing is None else _zero_evidence(criterion, params),

@@ -30,7 +30,8 @@ def at_most_once(
       act: `act(turn, state) -> (updates, state)`; what it reads besides must come by `unmoved`.
       like: arrays that nobody needs any more, in the structure of the updates. Where one has the type of
         its update, it takes the place of an update that is not made: zeros would have to be written.
-      state: what `act` changes.
+      state: what `act` changes. It keeps its dtypes, as in `optax.MultiSteps`: of parameters of several
+        dtypes some optimizers make a state of one, and of another with every further step.
     """
     updates, made = jax.eval_shape(act, jnp.zeros((), jnp.int32), state)
     needed: Any = jax.tree.structure(updates)
@@ -43,19 +44,23 @@ def at_most_once(
         unused = x if fits else jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
         return to_varying(jnp.asarray(unused), varying_axes(shape))
 
-    def joined(x: Any, other: Any) -> jax.Array:
-        """`x` in the type that `where` would give it beside `other`."""
+    def ready(x: Any, other: Any) -> jax.Array:
+        return to_varying(jnp.asarray(x), varying_axes(other))
+
+    def kept(x: Any, other: Any) -> jax.Array:
+        """`x` in the type of `other`: the state keeps its types, whatever a step makes of them."""
         x = jnp.asarray(x)
-        x = x if x.dtype == other.dtype else x.astype(jnp.promote_types(x.dtype, other.dtype))
-        return to_varying(x, varying_axes(other))
+        return to_varying(
+            x if x.dtype == other.dtype else x.astype(other.dtype), varying_axes(other)
+        )
 
     start = (
         jax.tree.map(room, updates, like if alike else updates),
-        jax.tree.map(joined, state, made),
+        jax.tree.map(ready, state, made),
     )
 
     def turn(index: jax.Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        return jax.tree.map(joined, act(index, carry[1]), start)
+        return jax.tree.map(kept, act(index, carry[1]), start)
 
     return jax.lax.fori_loop(0, wanted.astype(jnp.int32), turn, start)
 

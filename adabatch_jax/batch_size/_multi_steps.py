@@ -9,23 +9,30 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
-from adabatch_jax._tree import cast_like, squared_norm, trainable, widen
+from adabatch_jax._axes import AxisName, axis_tuple, checked_axes
+from adabatch_jax._tree import cast_like, wide, widen
 from adabatch_jax.batch_size._at_most_once import at_most_once, unmoved
-from adabatch_jax.batch_size._read import controller_state, get_batch_size, metrics, needs_noise
+from adabatch_jax.batch_size._call import check_call, given_call, measure_call
+from adabatch_jax.batch_size._read import controller_state, metrics, needs_noise
+from adabatch_jax.batch_size._state import AdaptBatchSizeState
+from adabatch_jax.batch_size._trained import Leaves, moved_leaves
 from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._gradient_noise import blend, join_noise, pool_noise, unless_measured
+from adabatch_jax.noise._gradient_noise import blend, join_noise, unless_measured
 
 PyTree = Any
+_MOST_OFFERED = 2**30
 
 
 class AdaptiveMultiStepsState(NamedTuple):
     """State of `adaptive_multi_steps`."""
 
     emitted: jax.Array  # bool: the last update was a real optimizer step
+    skipped_call: jax.Array  # bool: the last call, or a device's part of it, was left out
     gathered_noise: GradientNoise  # of the micro-batches since the last step
     gathered_value: jax.Array  # float32: their mean loss
     micro_batches: jax.Array  # int32: gathered since the last step
+    examples_offered: jax.Array  # int32: behind those, the skipped ones included
+    largest_call: jax.Array  # int32: most examples that one call has brought so far
     skipped_micro_batches: jax.Array  # int32: micro-batches (per device) with NaN or inf, in all
     averaged_gradient: jax.Array  # bool: this batch's gradients were already averaged over devices
     averaged_gradients_seen: jax.Array  # int32: batches for which that was so
@@ -43,7 +50,7 @@ class AdaptiveMultiStepsState(NamedTuple):
 def adaptive_multi_steps(
     optimizer: optax.GradientTransformation,
     *,
-    micro_batch_size: int,
+    micro_batch_size: int | None,
     axis_name: AxisName = None,
     coordinate_wise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -56,21 +63,44 @@ def adaptive_multi_steps(
     (and between devices). Every other extra argument is forwarded. The batch size and all shapes of
     the loop stay as they are, so nothing is ever recompiled.
 
-    `update` reads `value=` (loss of the micro-batch) and `noise=` (a `GradientNoise` of the
-    micro-batch, for groups finer than it; `updates` must then be `noise.mean`). Inner-product tests
-    need it, with one call covering the whole batch: inner products of different calls refer to
-    different means and are reported as NaN, which holds the batch size. Links inside also get
-    `emit=` (traced bool): false only under `vmap`, where those whose batch is not complete are called
-    with the others, and what they return is dropped.
+    `update` reads, all by keyword:
+
+    * `value=`: the mean loss of the micro-batch, a scalar.
+    * `num_examples=`: what stands behind *this* call's gradient, traced, in the unit of the batch sizes.
+      Calls are weighted by it, so that a ragged micro-batch counts for what it holds. With a loss
+      averaged over tokens give the number of its tokens, and all batch sizes in tokens: the gradient
+      is then that of the whole batch, not a mean of means. A float is rounded. 0 is an empty call,
+      which is passed over.
+    * `noise=`: a `GradientNoise` of the micro-batch, for groups finer than it; `updates` must then be
+      `noise.mean`, and `noise.num_examples` counts. Inner-product tests need it, with one call
+      covering the whole batch: inner products of different calls refer to different means and are
+      reported as NaN, which holds the batch size.
+
+    Links inside are told the sum over the batch, never one call's number. They also get `emit=` (traced
+    bool): false only under `vmap`, where those whose batch is not complete are called with the others, and
+    what they return is dropped; `batch_size_multiple=`, the examples that one call adds, to which
+    `adapt_batch_size` rounds, so that a batch is as large as `get_batch_size` said; and `trained=` where
+    parameters are frozen.
+
+    No batch exceeds `max_batch_size`: one that the next call would carry beyond it ends before. (A call
+    that tells a larger number than any call before it may be too large by itself.) Where calls tell their
+    size, a batch that is to be tested takes at least two of them.
 
     The optimizer runs in a loop of one turn or none, so a call that completes no batch costs its gradient
     and a running mean. Such a loop has no derivative in reverse mode (`jax.grad` of a training run).
 
     A micro-batch whose gradient or loss (`value=`) holds NaN or inf, or whose gradient is longer than
-    1e15, is skipped and counted; the batch takes one more. If every one is skipped, no step is ever made:
-    in `metrics`, `micro_batches` (since the last step) and `skipped_micro_batches` then grow while
-    `num_examples` stands still. Only a `return_to_minimum` inside is told, once that would have filled a
-    batch, and goes back to its snapshot.
+    1e15, is skipped and counted; the batch takes one more. `metrics` says so in that very call
+    (`skipped`), and `unless_skipped` keeps what the loop carries besides. If every one is skipped, no
+    step is ever made: in `metrics`, `micro_batches` (since the last step) and `skipped_micro_batches`
+    then grow while `num_examples` stands still. Only a `return_to_minimum` inside is told, once that
+    would have filled a batch, and goes back to its snapshot.
+
+    Frozen parameters do not count in noise, test and noise scale. They are found in the program of
+    `optimizer.update`: their update is zero whatever the gradient is (`optax.set_to_zero` within
+    `partition`, `masked`, `freeze`; see `trained_parameters`). A NaN in the gradient of such a parameter
+    does no harm, unless something inside reads it even so, as a global norm does. A `noise=` that is
+    handed in must have been measured without them (`value_and_grad_noise(..., trained=...)`).
 
     Under sharded `jit` no device has a gradient of its own. An unchanged loop works, and measures the
     noise between its calls; with `value, noise = value_and_grad_noise(loss_fn, lanes=True)(params, groups)`
@@ -81,9 +111,10 @@ def adaptive_multi_steps(
       optimizer: contains one `adapt_batch_size`.
       micro_batch_size: examples per device behind each gradient. Times the number of devices it
         must divide the initial batch size; batches are rounded up to a multiple of it. Without
-        `axis_name`, so under sharded `jit` too, all examples of a call.
+        `axis_name`, so under sharded `jit` too, all examples of a call. None: every call tells
+        `num_examples=` or `noise=`.
       axis_name: name, or names, of the device axis under `pmap` or `shard_map`: hand in each
-        device's *own* gradient and loss, neither averaged nor summed. Gradients that somebody
+        device's *own* gradient, loss and number, neither averaged nor summed. Gradients that somebody
         averaged already are recognised (no scatter at all between devices): the batch size is then
         held and `metrics` counts `averaged_gradients`. A mean over one of two axes alone shows only
         to shard_map's varying check. With `noise=` the noise must be merged over
@@ -96,12 +127,14 @@ def adaptive_multi_steps(
 
     Raises:
       ValueError: `micro_batch_size` is not a positive integer or does not divide the initial batch
-        size; fewer than two micro-batches in the first batch and no `noise=`; with shard_map's varying
-        check on, a gradient that is the same on all devices.
+        size; fewer than two micro-batches in the first batch and neither `noise=` nor `num_examples=`;
+        a gradient of another structure or shape than the parameters; `value=` or `num_examples=` that
+        is no scalar; `batch_size=`; neither number nor noise with `micro_batch_size=None`; with
+        shard_map's varying check on, a gradient that is the same on all devices.
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> from adabatch_jax import adapt_batch_size, has_updated, norm_test
+      >>> from adabatch_jax import adapt_batch_size, get_batch_size, has_updated, norm_test
       >>> optimizer = adaptive_multi_steps(
       ...     optax.chain(adapt_batch_size(norm_test(0.5), initial_batch_size=2, max_batch_size=64),
       ...                 optax.sgd(0.5)),
@@ -116,18 +149,22 @@ def adaptive_multi_steps(
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, for the test; the interface is that of
     `optax.MultiSteps`.
     """
-    _validate.positive_int("adaptive_multi_steps", micro_batch_size=micro_batch_size)
+    if micro_batch_size is not None:
+        _validate.positive_int("adaptive_multi_steps", micro_batch_size=micro_batch_size)
     optimizer = optax.with_extra_args_support(optimizer)
     axes = axis_tuple(axis_name)
+    moved = _Moved(optimizer)
 
     def init(params: PyTree) -> AdaptiveMultiStepsState:
         inner = optimizer.init(params)
-        _check_first_batch(controller_state(inner).next_batch_size, micro_batch_size, 1, 1)
+        if micro_batch_size is not None:
+            _check_first_batch(controller_state(inner).next_batch_size, micro_batch_size, 1, 1)
         scatter = None
         if coordinate_wise:
             scatter = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.float32), params)
         return AdaptiveMultiStepsState(
             emitted=jnp.zeros((), bool),
+            skipped_call=jnp.zeros((), bool),
             gathered_noise=GradientNoise(
                 mean=jax.tree.map(jnp.zeros_like, widen(params)),
                 scatter=jnp.zeros((), jnp.float32),
@@ -137,6 +174,8 @@ def adaptive_multi_steps(
             ),
             gathered_value=jnp.zeros((), jnp.float32),
             micro_batches=jnp.zeros((), jnp.int32),
+            examples_offered=jnp.zeros((), jnp.int32),
+            largest_call=jnp.zeros((), jnp.int32),
             skipped_micro_batches=jnp.zeros((), jnp.int32),
             averaged_gradient=jnp.zeros((), bool),
             averaged_gradients_seen=jnp.zeros((), jnp.int32),
@@ -150,24 +189,55 @@ def adaptive_multi_steps(
         *,
         noise: GradientNoise | None = None,
         value: Any = None,
+        num_examples: Any = None,
+        batch_size: Any = None,
         hold_batch_size: Any = False,
+        trace_only: bool = False,
         **extra_args: Any,
     ) -> tuple[PyTree, AdaptiveMultiStepsState]:
+        if trace_only:  # `trained_parameters` asks what the optimizer moves
+            more = extra_args | {"noise": noise, "value": value, "trace_only": True}
+            answer, inner = optimizer.update(updates, state.inner_opt_state, params, **more)
+            return answer, state._replace(inner_opt_state=inner)
+        told = dict(value=value, num_examples=num_examples, batch_size=batch_size)
+        gathered = state.gathered_noise
+        check_call(updates, gathered, noise, {**told, "micro_batch_size": micro_batch_size})
         devices = 1
         for axis in axes:
             devices *= jax.lax.axis_size(axis)
+        controller = controller_state(state.inner_opt_state)
         # Whether there will be a test is known before: the controller moves only when a batch is full.
         measure = needs_noise(state.inner_opt_state)
+        unit = None if micro_batch_size is None else micro_batch_size * devices
+        extra_args["batch_size_multiple"] = 1 if unit is None else unit
+
+        parts = moved(updates, state, params, noise, value, extra_args)
+        if not all(parts.trained):
+            structure = jax.tree.structure(updates)
+            extra_args["trained"] = jax.tree.unflatten(structure, parts.trained)
+        size = micro_batch_size if num_examples is None else num_examples
         if noise is None:
-            _check_first_batch(_initial_size(optimizer, updates), micro_batch_size, devices, 2)
-            found, loss, skipped = _measure(updates, value, micro_batch_size, coordinate_wise, axes)
+            if num_examples is None:
+                first = _initial_size(optimizer, updates)
+                _check_first_batch(first, micro_batch_size, devices, 2)
+            call = measure_call(
+                parts.trained_part(updates),
+                parts.frozen_part(updates),
+                value,
+                size,
+                coordinate_wise=coordinate_wise,
+                axes=axes,
+            )
         else:
-            found, loss, skipped = _given(noise, value, measure)
-        joint = join_noise(state.gathered_noise, found, measure)
-        n_old = state.gathered_noise.num_examples.astype(jnp.float32)
-        mean_loss = blend(n_old, state.gathered_value, found.num_examples.astype(jnp.float32), loss)
+            seen = parts.noise_of_trained(noise)
+            call = given_call(seen, parts.frozen_part(updates), value, measure)
+        found = call.noise
+        joint = join_noise(parts.noise_of_trained(gathered), found, measure)
+        n_old, n_new = (x.num_examples.astype(jnp.float32) for x in (gathered, found))
+        old = (parts.frozen_part(gathered.mean), state.gathered_value)
+        frozen, mean_loss = blend(n_old, old, n_new, (call.frozen, call.loss))
         if noise is not None and noise.inner_product_scatter is not None:
-            alone = state.gathered_noise.num_examples == 0
+            alone = gathered.num_examples == 0
             scatter = jnp.where(alone, noise.inner_product_scatter, jnp.nan)
             joint = joint._replace(inner_product_scatter=scatter)
 
@@ -178,24 +248,32 @@ def adaptive_multi_steps(
             alike = found.scatter <= rounding * found.num_examples * found.squared_norm
             averaged = averaged | (alike & (found.num_groups > 1) & (found.squared_norm > 0))
 
-        size = get_batch_size(state.inner_opt_state)
-        emit = joint.num_examples >= size
-        told, returns = mean_loss, _returns_made(state.inner_opt_state)
+        largest_call = jnp.maximum(state.largest_call, call.offered)
+        offered = jnp.minimum(state.examples_offered, _MOST_OFFERED) + call.offered
+        next_call = largest_call if unit is None else unit
+        emit = _is_complete(joint, controller, next_call, measure, told=unit is None)
+        told_loss, returns = mean_loss, _returns_made(state.inner_opt_state)
         may_return = returns is not None and value is not None
         if may_return:  # as many calls as fill a batch, all skipped
-            lost = (state.micro_batches + 1) * micro_batch_size * devices >= size
-            lost &= joint.num_examples == 0
+            lost = (offered >= controller.next_batch_size) & (joint.num_examples == 0)
             emit |= lost
-            told = jnp.where(lost, jnp.nan, told)
-        if value is not None:
-            extra_args["value"] = told.astype(jnp.asarray(value).dtype)
+            told_loss = jnp.where(lost, jnp.nan, told_loss)
+        if value is not None:  # in float32 at least: a mean of bfloat16 losses is none any more
+            extra_args["value"] = told_loss.astype(wide(jnp.result_type(value)))
+        if num_examples is not None:
+            extra_args["num_examples"] = joint.num_examples
         held = jnp.asarray(hold_batch_size).astype(bool) | averaged
-        noise = unless_measured(joint._replace(mean=cast_like(joint.mean, updates)), measure)
+        gradient = cast_like(parts.joined(updates, joint.mean, frozen), updates)
+        shown = joint._replace(
+            mean=cast_like(parts.joined(updates, joint.mean), updates),
+            coordinate_scatter=parts.joined(gathered.coordinate_scatter, joint.coordinate_scatter),
+        )
+        shown = unless_measured(shown, measure)
 
         def act(turn: jax.Array, inner: PyTree) -> tuple[PyTree, PyTree]:
-            seen, given, more = unmoved((noise, params, extra_args), turn)
+            mean, seen, given, more = unmoved((gradient, shown, params, extra_args), turn)
             new_updates, new = optimizer.update(
-                seen.mean, inner, given, noise=seen, hold_batch_size=held, emit=emit, **more
+                mean, inner, given, noise=seen, hold_batch_size=held, emit=emit, **more
             )
             if may_return:  # a lost batch may only lead back
                 kept = ~lost | (_returns_made(new) > returns)
@@ -209,16 +287,21 @@ def adaptive_multi_steps(
         empty = jnp.where(emit, 0, 1)
         # The running mean needs no clearing: without examples a side has no weight in a merge.
         counts = ("num_examples", "num_groups")
-        gathered = joint._replace(
+        left = joint._replace(
             **{k: getattr(joint, k).astype(jnp.int32) * empty for k in counts},
+            mean=parts.joined(gathered.mean, joint.mean, frozen, rest=lambda x: x),
+            coordinate_scatter=parts.joined(gathered.coordinate_scatter, joint.coordinate_scatter),
             inner_product_scatter=None,
         )
         return new_updates, AdaptiveMultiStepsState(
             emitted=emit,
-            gathered_noise=gathered,
+            skipped_call=(call.skipped > 0) | (found.num_examples == 0),
+            gathered_noise=left,
             gathered_value=mean_loss,
             micro_batches=(state.micro_batches + 1) * empty,
-            skipped_micro_batches=state.skipped_micro_batches + skipped,
+            examples_offered=offered * empty,
+            largest_call=largest_call,
+            skipped_micro_batches=state.skipped_micro_batches + call.skipped,
             averaged_gradient=averaged & ~emit,
             averaged_gradients_seen=state.averaged_gradients_seen
             + (averaged & emit).astype(jnp.int32),
@@ -228,60 +311,60 @@ def adaptive_multi_steps(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _measure(
-    updates: PyTree, value: Any, size: int, coordinate_wise: bool, axes: tuple[str, ...]
-) -> tuple[GradientNoise, jax.Array, jax.Array]:
-    """The micro-batch as one group, or one per device; those that are not finite have no examples."""
-    checked = checked_axes(axes)
-    same = sorted(checked - varying_axes(updates))
-    if same:
-        raise ValueError(
-            f"adaptive_multi_steps: the gradient is the same on all devices of axis {same[0]!r}, so "
-            "the noise between them cannot be seen: inside shard_map cast the parameters with "
-            f"jax.lax.pcast(params, {same[0]!r}, to='varying') before differentiating, and do not "
-            "average the gradient"
-        )
-    loss = jnp.zeros((), jnp.float32) if value is None else jnp.asarray(value).astype(jnp.float32)
-    wide = widen(updates)
-    # The loss too: a label out of range makes it NaN and leaves a gradient that looks like any other.
-    finite = trainable(squared_norm(wide)) & jnp.isfinite(loss)
-    alone = GradientNoise(
-        mean=wide,  # NaN and all: a merge ignores a side without examples
-        scatter=jnp.zeros((), jnp.float32),
-        num_examples=jnp.where(finite, size, 0).astype(jnp.int32),
-        num_groups=finite.astype(jnp.int32),
-        coordinate_scatter=jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), wide)
-        if coordinate_wise
-        else None,
-    )
-    skipped = (~finite).astype(jnp.int32)
-    if not axes:
-        return alone, loss, skipped
+class _Moved:
+    """Which leaves the optimizer moves, found once for every kind of argument."""
 
-    def total(x: jax.Array) -> jax.Array:
-        return jax.lax.psum(to_varying(x, checked), axes)
+    def __init__(self, optimizer: optax.GradientTransformationExtraArgs) -> None:
+        self.optimizer = optimizer
+        self.found: dict[Any, Leaves] = {}
 
-    pooled, both = pool_noise(alone, jnp.stack([loss]), total)
-    groups = jax.lax.axis_size(axes)
-    return pooled, both[0], groups - pooled.num_groups
+    def __call__(
+        self,
+        updates: PyTree,
+        state: AdaptiveMultiStepsState,
+        params: PyTree,
+        noise: GradientNoise | None,
+        value: Any,
+        extra_args: dict[str, Any],
+    ) -> Leaves:
+        leaves, structure = jax.tree.flatten((updates, state, params))
+        told = (noise is None, value is None, *sorted(extra_args))
+        key = (structure, tuple(jnp.shape(x) for x in leaves), told)
+        if key not in self.found:
+            seen = state.gathered_noise
+            if noise is not None:
+                seen = seen._replace(inner_product_scatter=noise.inner_product_scatter)
+
+            def update(updates: PyTree, inner: PyTree, params: PyTree, told: PyTree) -> Any:
+                told["noise"] = seen._replace(mean=cast_like(told.pop("mean"), updates))
+                return self.optimizer.update(updates, inner, params, **told, **more)
+
+            more = extra_args | {"trace_only": True}
+            held = dict(hold_batch_size=state.emitted, emit=state.emitted)
+            arrays = held | ({} if value is None else {"value": jnp.asarray(value)})
+            arrays["mean"] = seen.mean
+            self.found[key] = moved_leaves(update, updates, state.inner_opt_state, params, arrays)
+        return self.found[key]
 
 
-def _given(
-    noise: GradientNoise, value: Any, measure: jax.Array
-) -> tuple[GradientNoise, jax.Array, jax.Array]:
-    """The noise that the caller measured; as if it had no examples where it is not finite.
+def _is_complete(
+    joint: GradientNoise,
+    controller: AdaptBatchSizeState,
+    call: Any,
+    measure: jax.Array,
+    *,
+    told: bool,
+) -> jax.Array:
+    """Whether these examples make a batch; `call`: examples that the next call will bring.
 
-    Without `measure` the scatter need not have been measured.
+    Where the calls tell their sizes nothing else keeps a batch from being one call, which shows no noise.
+    A batch that one more call would carry beyond the largest size ends here.
     """
-    loss = jnp.zeros((), jnp.float32) if value is None else jnp.asarray(value).astype(jnp.float32)
-    finite = trainable(noise.squared_norm) & jnp.isfinite(loss)
-    finite &= jnp.isfinite(noise.scatter) | ~measure
-    kept = noise._replace(
-        mean=widen(noise.mean),
-        num_examples=jnp.where(finite, noise.num_examples, 0).astype(jnp.int32),
-        num_groups=jnp.where(finite, noise.num_groups, 0).astype(jnp.int32),
-    )
-    return kept, loss, (~finite).astype(jnp.int32)
+    examples = joint.num_examples
+    complete = examples >= controller.next_batch_size
+    if told:
+        complete &= (joint.num_groups > 1) | ~measure
+    return complete | ((examples > 0) & (examples + call > controller.largest_batch_size))
 
 
 def _returns_made(inner: PyTree) -> Any:

@@ -35,6 +35,7 @@ class AdaptBatchSizeState(NamedTuple):
     """State of `adapt_batch_size`; `evidence_ema` is () without smoothing."""
 
     next_batch_size: jax.Array  # int32: examples of the next optimizer step
+    largest_batch_size: jax.Array  # int32: max_batch_size
     examples_clock: jax.Array  # uint32 [2]: examples used so far
     updates_seen: jax.Array  # int32
     evidence_ema: PyTree  # (numerator, denominator), not yet corrected for its start

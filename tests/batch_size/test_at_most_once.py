@@ -33,13 +33,14 @@ def test_each_of_many_under_vmap_decides_for_itself():
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_types_are_those_of_the_step_whether_it_is_made_or_not(wanted):
+def test_updates_have_the_type_of_the_step_and_the_state_keeps_its_own(wanted):
     def act(turn, state):
-        return (GRADIENT["b"].astype(jnp.float32), None), state + 0.5
+        return (GRADIENT["b"].astype(jnp.float32), None), state + jnp.ones((), jnp.float32) / 2
 
-    updates, state = at_most_once(jnp.array(wanted), act, GRADIENT, jnp.array(1))
-    assert updates[0].dtype == state.dtype == jnp.float32
+    updates, state = at_most_once(jnp.array(wanted), act, GRADIENT, jnp.array(1, jnp.bfloat16))
+    assert updates[0].dtype == jnp.float32
     assert updates[1] is None
+    assert state.dtype == jnp.bfloat16
     assert float(state) == 1 + 0.5 * wanted
 
 
