@@ -11,7 +11,7 @@ PyTree = Any
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype in which statistics of `dtype` are kept: at least float32."""
+    """The dtype in which statistics of `dtype` are kept: at least float32; complex numbers stay complex."""
     inexact = jnp.issubdtype(dtype, jnp.inexact)
     return dtype if inexact and jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
@@ -31,11 +31,18 @@ def align(weight: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.expand_dims(weight, range(weight.ndim, x.ndim)).astype(x.dtype)
 
 
+def abs_squared(x: jax.Array) -> jax.Array:
+    """|x|² entry by entry, real: of a complex number both parts."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return jnp.square(jnp.real(x)) + jnp.square(jnp.imag(x))
+    return jnp.square(x)
+
+
 def squared_norm(tree: PyTree, batch_ndim: int = 0) -> jax.Array:
     """‖tree‖² in float32, summed over all axes but the first `batch_ndim`."""
     total = jnp.zeros((1,) * batch_ndim, jnp.float32)
     for x in jax.tree.leaves(widen(tree)):
-        square = jnp.square(x)
+        square = abs_squared(x)
         total = total + jnp.sum(square, axis=range(batch_ndim, x.ndim)).astype(jnp.float32)
     return total
 

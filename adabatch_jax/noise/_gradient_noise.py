@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax._axes import to_varying, varying_axes
-from adabatch_jax._tree import align, cast_like, squared_norm, widen
+from adabatch_jax._tree import abs_squared, align, cast_like, squared_norm, widen
 
 PyTree = Any
 
@@ -152,7 +152,7 @@ def join_noise(a: GradientNoise, b: GradientNoise, measure: Any = None) -> Gradi
     coordinate_scatter = None
     if a.coordinate_scatter is not None and b.coordinate_scatter is not None:
         coordinate_scatter = jax.tree.map(
-            lambda x, y, m_a, m_b: join(x, y, jnp.square(m_a - m_b).astype(jnp.float32)),
+            lambda x, y, m_a, m_b: join(x, y, abs_squared(m_a - m_b).astype(jnp.float32)),
             a.coordinate_scatter,
             b.coordinate_scatter,
             mean_a,
@@ -217,7 +217,7 @@ def pool_noise(
     coordinate_scatter = noise.coordinate_scatter
     if coordinate_scatter is not None:
         coordinate_scatter = jax.tree.map(
-            lambda c, d: join(c, jnp.square(d).astype(jnp.float32)), coordinate_scatter, gap
+            lambda c, d: join(c, abs_squared(d).astype(jnp.float32)), coordinate_scatter, gap
         )
     pooled = GradientNoise(
         mean=mean,
