@@ -12,6 +12,7 @@ from adabatch_jax._axes import to_varying, varying_axes
 from adabatch_jax._tree import abs_squared, align, cast_like, squared_norm, widen
 
 PyTree = Any
+UNMEASURED = -1.0  # in place of a scatter: no NaN, which jax_debug_nans would take for an accident
 
 
 class GradientNoise(NamedTuple):
@@ -24,7 +25,9 @@ class GradientNoise(NamedTuple):
 
     Attributes:
       mean: ḡ, a pytree like the parameters, in their dtypes: the gradient to hand to the optimizer.
-      scatter: Σ_j n_j ‖ḡ_j − ḡ‖², float32 scalar, in units of squared gradient × examples.
+      scatter: Σ_j n_j ‖ḡ_j − ḡ‖², float32 scalar, in units of squared gradient × examples. Of complex
+        gradients |ḡ_j − ḡ|² is both parts, so every scatter is real. −1, which no scatter can be, where it
+        was not measured (`measure=False`): so are the others then, and every variance is NaN.
       num_examples: Σ_j n_j, int32 scalar: the examples behind `mean`, over all devices.
       num_groups: the number of groups with at least one example, int32 scalar.
       coordinate_scatter: Σ_j n_j (ḡ_j − ḡ)² coordinate by coordinate, a float32 pytree like `mean`,
@@ -51,14 +54,16 @@ class GradientNoise(NamedTuple):
     inner_product_scatter: Any = None
 
     def variance(self, scatter: jax.Array) -> jax.Array:
-        """`scatter / (num_groups − 1)`: NaN for fewer than two groups."""
+        """`scatter / (num_groups − 1)`: NaN for fewer than two groups, or a scatter not measured."""
         groups = jnp.asarray(self.num_groups, jnp.float32)
-        value = jnp.asarray(scatter, jnp.float32) / jnp.maximum(groups - 1.0, 1.0)
-        return jnp.where(groups > 1.0, value, jnp.nan)
+        scatter = jnp.asarray(scatter, jnp.float32)
+        with jax.debug_nans(False):  # NaN is an answer here, and no accident
+            value = scatter / jnp.maximum(groups - 1.0, 1.0)
+            return jnp.where((groups > 1.0) & ~(scatter < 0.0), value, jnp.nan)
 
     @property
     def trace(self) -> jax.Array:
-        """tr Σ of one example's gradient, float32 scalar; NaN for fewer than two groups."""
+        """tr Σ of one example's gradient, float32 scalar; NaN for fewer than two groups, or unmeasured."""
         return self.variance(self.scatter)
 
     @property
@@ -97,7 +102,8 @@ def merge_noise(a: GradientNoise, b: GradientNoise) -> GradientNoise:
     coordinate, and the counts add: associative and commutative to float32 rounding. No large sums
     are subtracted from each other. Inner products refer to the joint mean, which neither side knew,
     so they cannot be merged and become None; so does a coordinate scatter that one side lacks. A
-    side without examples changes nothing, even if its numbers are NaN.
+    side without examples changes nothing, even if its numbers are NaN. A scatter that one side has not
+    measured stays unmeasured.
 
     Args:
       a: noise of one set of groups.
@@ -136,7 +142,8 @@ def join_noise(a: GradientNoise, b: GradientNoise, measure: Any = None) -> Gradi
         gap = jnp.where(weight > 0, weight * squared_gap, 0.0)
         left = jnp.where(n_a > 0, scatter_a, jnp.zeros_like(scatter_a))
         right = jnp.where(n_b > 0, scatter_b, jnp.zeros_like(scatter_b))
-        return jnp.asarray(left + right + gap, jnp.float32)
+        unknown = (left < 0) | (right < 0)  # a side whose scatter was not measured
+        return jnp.where(unknown, UNMEASURED, left + right + gap).astype(jnp.float32)
 
     def gaps(a: PyTree, b: PyTree) -> PyTree:
         return jax.tree.map(lambda x, y: squared_norm(x - y), a, b)
@@ -169,10 +176,10 @@ def join_noise(a: GradientNoise, b: GradientNoise, measure: Any = None) -> Gradi
 
 
 def unless_measured(noise: GradientNoise, measured: jax.Array) -> GradientNoise:
-    """The same noise, with NaN for every scatter where it was not `measured`."""
+    """The same noise, with −1 for every scatter where it was not `measured`."""
 
     def known(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jnp.where(measured, x, jnp.nan), tree)
+        return jax.tree.map(lambda x: jnp.where(measured, x, UNMEASURED), tree)
 
     return noise._replace(
         scatter=known(noise.scatter),
