@@ -12,19 +12,25 @@ import jax.numpy as jnp
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, to_varying, varying_axes
 from adabatch_jax._tree import cast_like
+from adabatch_jax.noise._arguments import (
+    check_bools,
+    check_scalar,
+    explained,
+    take_apart,
+    taken_apart_loss,
+    to_arrays,
+)
+from adabatch_jax.noise._aux import join_aux, split_aux
 from adabatch_jax.noise._gradient_noise import GradientNoise, unless_measured
 from adabatch_jax.noise._groups import group_sizes, leading_shape
 from adabatch_jax.noise._tally import (
     Tally,
     accumulate,
     first,
-    join_aux,
-    pool,
     pool_devices,
+    pool_leading,
     prepare,
     single,
-    split_aux,
-    sum_leading,
 )
 
 PyTree = Any
@@ -34,6 +40,8 @@ def value_and_grad_noise(
     loss_fn: Callable[..., Any],
     *,
     has_aux: bool = False,
+    sum_aux: PyTree = False,
+    trained: PyTree = None,
     axis_name: AxisName = None,
     vectorize: int = 1,
     coordinate_wise: bool = False,
@@ -62,9 +70,18 @@ def value_and_grad_noise(
 
     Args:
       loss_fn: `loss_fn(params, group, *args)`, the **mean** loss of one group (scalar), or
-        `(loss, aux)` with `has_aux`.
-      has_aux: whether `loss_fn` returns auxiliary data. Float leaves come back as means weighted by
-        examples, integer and boolean leaves as sums.
+        `(loss, aux)` with `has_aux`. A PRNG key that it closes over, or takes from `*args`, is the same in
+        every group, and so is their dropout: that noise is not seen. Give each group a key of its own.
+      has_aux: whether `loss_fn` returns auxiliary data. Float and complex leaves come back as means
+        weighted by examples (logits too: return what may be averaged). Integers, booleans and PRNG keys
+        are those of one group, the first with examples (of the first lane or device that has any), so that
+        a counter advances as in one step.
+      sum_aux: which leaves of aux are added up over the groups instead, such as a number of correct
+        predictions: a bool, or a pytree of bools like aux or a prefix of it. Booleans count as 0 and 1.
+        PRNG keys, typed ones and uint32 pairs [..., 2], are never added.
+      trained: which parameters are trained: a pytree of bools like the parameters, or a prefix of it.
+        Nothing is computed for the others: their gradient is 0, and the noise is that of the trained ones.
+        Default: all.
       axis_name: name, or names, of the device axis under `pmap` or `shard_map`. Value, gradient
         and noise come back merged over all devices: do not average them again.
       vectorize: groups computed at once under `vmap`. More memory, fewer and larger operations, which is
@@ -88,18 +105,25 @@ def value_and_grad_noise(
       * `sizes`: integers [num_groups] (or [num_loops, num_lanes]): real examples in each group.
         Default: the axis after the leading ones. Groups of unequal size stay unbiased provided
         `loss_fn` averages over the real examples only. A group of size 0 is ignored, even if NaN.
-      * `measure`: bool, may be traced: whether the noise is wanted. False leaves every scatter NaN, and
+        For a loss that is averaged over tokens give the number of tokens behind each group's mean: value
+        and gradient are then those of the whole batch, whatever the lengths, and all that counts examples
+        (`num_examples`, tr Σ, batch sizes, schedules) counts tokens.
+      * `measure`: bool, may be traced: whether the noise is wanted. False leaves −1 in every scatter, and
         the call costs little more than the gradient alone (but for what `vectorize`, `lanes` and
         `coordinate_wise` compute anyway). `needs_noise(opt_state)` tells. Where it is the same for all
         steps give a Python bool or, for True, nothing: the choice alone costs a wide MLP 5 to 9 % of a step
         on a CPU (tests/benchmarks/accumulation.py).
       * `noise.mean` is the gradient, in the dtype of the parameters; `value` the mean loss over all
-        examples; statistics are float32. With no examples at all the value is NaN, the gradient 0.
+        examples; statistics are float32. With no examples at all the value is NaN, gradient and aux
+        are 0. Complex parameters have the gradient of `jax.grad`, which is the conjugate of the direction
+        of ascent.
 
     Raises:
       ValueError: `vectorize < 1`, or together with `lanes`; leaves of `groups` that disagree on
         their leading axes or, without `sizes`, on the examples per group; `sizes` of another shape;
-        with shard_map's varying check on, groups that are the same on all devices.
+        with shard_map's varying check on, groups that are the same on all devices; `trained` or
+        `sum_aux` that are no bools, or of another structure; a trained parameter that is an integer, or
+        a leaf that is no array; a loss that is no real scalar, or comes with aux unasked.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -117,6 +141,32 @@ def value_and_grad_noise(
       >>> int(half.num_examples), float(half.mean)
       (2, -2.0)
 
+      Sequences of 1 and 3 tokens, the loss a mean over tokens:
+
+      >>> def loss_per_token(w, sequence):
+      ...     x, real = sequence
+      ...     return 0.5 * jnp.sum(real * (w - x) ** 2) / jnp.sum(real)
+      >>> x, real = jnp.array([[1.0, 0.0, 0.0], [3.0, 5.0, 7.0]]), jnp.array([[1, 0, 0], [1, 1, 1]])
+      >>> value, noise = value_and_grad_noise(loss_per_token)(
+      ...     jnp.array(0.0), (x, real), sizes=jnp.sum(real, axis=1))
+      >>> float(value), float(noise.mean), int(noise.num_examples)
+      (10.5, -4.0, 4)
+
+      Flax NNX: `nnx.split` before, and `nnx.merge(..., copy=True)` inside, with a state of its own for
+      every group:
+
+          graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+          def loss_fn(params, group, rest):
+              model = nnx.merge(graphdef, params, rest, copy=True)
+              loss = jnp.mean((model(group["x"]) - group["y"]) ** 2)
+              return loss, nnx.state(model, nnx.Not(nnx.Param))
+
+          (value, rest), noise = value_and_grad_noise(loss_fn, has_aux=True)(params, groups, rest)
+
+      Equinox: `params, static = eqx.partition(model, eqx.is_inexact_array)` before, and
+      `eqx.combine(params, static)` inside.
+
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (tests); Chan, Golub, LeVeque (1983)
     (accumulation).
     """
@@ -124,9 +174,13 @@ def value_and_grad_noise(
     _validate.positive_int(name, vectorize=vectorize)
     if lanes and vectorize != 1:
         raise ValueError(f"{name}: lanes=True already runs its lanes at once, got {vectorize=}")
+    check_bools(name, "sum_aux", sum_aux)
+    check_bools(name, "trained", trained)
     return estimator(
         loss_fn,
         has_aux=has_aux,
+        sum_aux=sum_aux,
+        trained=trained,
         axis_name=axis_name,
         vectorize=vectorize,
         coordinate_wise=coordinate_wise,
@@ -139,6 +193,8 @@ def estimator(
     loss_fn: Callable[..., Any],
     *,
     has_aux: bool = False,
+    sum_aux: PyTree = False,
+    trained: PyTree = None,
     axis_name: AxisName = None,
     vectorize: int | None = None,
     coordinate_wise: bool = False,
@@ -151,6 +207,7 @@ def estimator(
     With `together`, which is called as `_structured`'s `batch_tally`, `vectorize` groups go through it as
     one; all of them with None.
     """
+    where = "value_and_grad_noise"
     axes = axis_tuple(axis_name)
     ndim = 2 if lanes else 1
 
@@ -162,26 +219,29 @@ def estimator(
         sizes: Any = None,
         measure: Any = None,
     ) -> tuple[Any, GradientNoise]:
+        groups = to_arrays(where, "groups", groups)
+        parts = take_apart(where, params, trained)
         leading = leading_shape(groups, ndim)
         masked = count is not None or sizes is not None
         sizes = group_sizes(groups, sizes, leading)
         bound = leading[0] if count is None else jnp.clip(count, 0, leading[0]).astype(jnp.int32)
-        params, groups = jax.tree.map(jnp.asarray, (params, groups))
-        params = prepare("value_and_grad_noise", params, groups, axes)
-        varying = varying_axes((params, groups, args, sizes, bound))
+        params = prepare(where, parts.trained, groups, axes)
+        varying = varying_axes((params, parts.frozen, groups, args, sizes, bound))
         at_once = min(leading[0], vectorize or leading[0])
         over_groups = partial(
             accumulate, (groups, sizes), vectorize=at_once, lanes=lanes, varying=varying
         )
 
         def loss_parts(p: PyTree, group: PyTree) -> Any:
-            out = loss_fn(p, group, *args)
-            value, aux = out if has_aux else (out, None)
-            return value, split_aux(aux)
+            with explained(where):
+                out = loss_fn(parts.whole(p), group, *args)
+            value, aux = taken_apart_loss(where, "loss_fn", out, has_aux)
+            check_scalar(where, value)
+            return value, split_aux(where, aux, sum_aux)
 
         def gradient(group: PyTree, size: jax.Array) -> Tally:
             (value, aux), mean = jax.value_and_grad(loss_parts, has_aux=True)(params, group)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), mean)
+            zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), mean)
             noise = single(mean, size)._replace(
                 coordinate_scatter=zeros if coordinate_wise else None
             )
@@ -210,29 +270,35 @@ def estimator(
         noise = total.noise._replace(mean=mean)
 
         if inner_products:
-            direction = to_varying(mean, varying_axes(params))
+            # The gradient g of JAX is that for which a step d changes the loss by Re Σ g·d: conjugate.
+            direction = to_varying(jax.tree.map(jnp.conj, mean), varying_axes(params))
 
             def projection(group: PyTree, size: jax.Array) -> Tally:
                 loss = lambda p: loss_parts(p, group)[0]  # noqa: E731
                 value, along = jax.jvp(loss, (params,), (direction,))
-                return Tally(single(along, size), value, (), ())
+                return Tally(single(along, size), value, (), (), ())
 
             second = bound if measure is None else jnp.where(measure, bound, 0)
             if project:
                 along = project(direction)
-                tally = jax.vmap(lambda x, size: Tally(single(x, size), x, (), ()))(along, sizes)
-                products = pool(tally, sum_leading)
+                tally = jax.vmap(lambda x, size: Tally(single(x, size), x, (), (), ()))(
+                    along, sizes
+                )
+                products = pool_leading(tally)
             else:
                 products = over_groups(second, projection)
             noise = noise._replace(inner_product_scatter=pool_devices(products, axes).noise.scatter)
         if measure is not None:
             noise = unless_measured(noise, jnp.asarray(measure).astype(bool))
 
-        empty = noise.num_examples == 0
-        value = jnp.where(empty, jnp.nan, total.value)
+        noise = noise._replace(
+            mean=parts.filled(noise.mean),
+            coordinate_scatter=parts.filled(noise.coordinate_scatter, jnp.float32),
+        )
+        value = jnp.where(noise.num_examples == 0, jnp.nan, total.value)
         if not has_aux:
             return value, noise
-        shape = jax.eval_shape(loss_fn, params, first(groups, ndim), *args)[1]
-        return (value, join_aux(shape, total.averaged, total.summed)), noise
+        shape = jax.eval_shape(loss_fn, parts.whole(params), first(groups, ndim), *args)[1]
+        return (value, join_aux(where, shape, sum_aux, total[2:])), noise
 
     return fn

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, to_varying, varying_axes
-from adabatch_jax._tree import cast_like, squared_norm, widen
-from adabatch_jax.noise._gradient_noise import GradientNoise
-from adabatch_jax.noise._tally import (
-    Tally,
-    accumulate,
-    first,
-    join_aux,
-    pool_devices,
-    prepare,
-    split_aux,
+from adabatch_jax._tree import abs_squared, cast_like, squared_norm, widen
+from adabatch_jax.noise._arguments import (
+    check_bools,
+    explained,
+    take_apart,
+    taken_apart_loss,
+    to_arrays,
 )
+from adabatch_jax.noise._aux import join_aux, split_aux
+from adabatch_jax.noise._gradient_noise import GradientNoise
+from adabatch_jax.noise._tally import Tally, accumulate, first, pool_devices, prepare
 
 PyTree = Any
 
@@ -30,6 +30,8 @@ def value_and_grad_signs(
     *,
     num_signs: int = 1,
     has_aux: bool = False,
+    sum_aux: PyTree = False,
+    trained: PyTree = None,
     axis_name: AxisName = None,
     coordinate_wise: bool = False,
 ) -> Callable[..., tuple[Any, GradientNoise]]:
@@ -64,8 +66,11 @@ def value_and_grad_signs(
       losses_fn: `losses_fn(params, micro_batch, *args)`, the losses [B] of the examples, which must
         not depend on each other; or `(losses, aux)` with `has_aux`.
       num_signs: k ≥ 1, sign vectors for each micro-batch; static.
-      has_aux: whether `losses_fn` returns auxiliary data. Float leaves come back as means weighted by
-        examples, integer and boolean leaves as sums over micro-batches.
+      has_aux: whether `losses_fn` returns auxiliary data. Float and complex leaves come back as means
+        weighted by examples; integers, booleans and PRNG keys are those of the first micro-batch with
+        examples.
+      sum_aux: which leaves of aux are added up over the micro-batches instead, and
+      trained: which parameters are trained: both as for `value_and_grad_noise`.
       axis_name: name, or names, of the device axis under `pmap` or `shard_map`: value, gradient and
         noise come back merged over all devices. Each device draws signs of its own.
       coordinate_wise: also keep `coordinate_scatter`: unbiased for every coordinate by itself, with
@@ -83,11 +88,12 @@ def value_and_grad_signs(
         all B. Losses of other rows are ignored; their derivatives must be finite. A micro-batch of size
         0 is ignored, even if NaN.
       * `noise.mean` is the gradient, in the dtype of the parameters; statistics are float32.
-        `inner_product_scatter` is None. With no examples at all the value is NaN, the gradient 0.
+        `inner_product_scatter` is None. With no examples at all the value is NaN, gradient and aux are 0.
 
     Raises:
       ValueError: `num_signs < 1`; `groups` without leaves, or leaves that disagree on their first
-        axis; `sizes` of another shape; losses that are no vector; with shard_map's varying check on,
+        axis; `sizes` of another shape; losses that are no real vector; `trained`, `sum_aux`, parameters
+        and leaves that `value_and_grad_noise` refuses; with shard_map's varying check on,
         groups that are the same on all devices.
 
     Example:
@@ -110,7 +116,10 @@ def value_and_grad_signs(
 
     Source: ours. Random signs as in Hutchinson (1990); the balance makes the mean gradient drop out.
     """
-    _validate.positive_int("value_and_grad_signs", num_signs=num_signs)
+    where = "value_and_grad_signs"
+    _validate.positive_int(where, num_signs=num_signs)
+    check_bools(where, "sum_aux", sum_aux)
+    check_bools(where, "trained", trained)
     axes = axis_tuple(axis_name)
 
     def pull_back(
@@ -124,7 +133,7 @@ def value_and_grad_signs(
 
         def squares(signs: jax.Array) -> tuple[jax.Array, PyTree]:
             signed = widen(along(signs))
-            square = jax.tree.map(lambda x: jnp.square(x).astype(jnp.float32), signed)
+            square = jax.tree.map(lambda x: abs_squared(x).astype(jnp.float32), signed)
             return squared_norm(signed), square if coordinate_wise else None
 
         # One after the other: at once (vmap) dense layers take longer, and the memory is that of all.
@@ -148,26 +157,28 @@ def value_and_grad_signs(
         count: Any = None,
         sizes: Any = None,
     ) -> tuple[Any, GradientNoise]:
-        params, groups = jax.tree.map(jnp.asarray, (params, groups))
+        groups = to_arrays(where, "groups", groups)
+        parts = take_apart(where, params, trained)
         num_groups = _num_groups(groups)
         for axis in axes:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        params = prepare("value_and_grad_signs", params, groups, axes)
-        shape = jax.eval_shape(losses_fn, params, first(groups, 1), *args)
-        length = _num_losses(shape[0] if has_aux else shape)
+        params = prepare(where, parts.trained, groups, axes)
+
+        def losses_and_aux(p: PyTree, batch: PyTree) -> tuple[jax.Array, PyTree]:
+            with explained(where):
+                out = losses_fn(parts.whole(p), batch, *args)
+            return taken_apart_loss(where, "losses_fn", out, has_aux)
+
+        shape = jax.eval_shape(losses_and_aux, params, first(groups, 1))
+        length = _num_losses(shape[0])
         sizes = _checked_sizes(sizes, num_groups, length)
         bound = num_groups if count is None else jnp.clip(count, 0, num_groups).astype(jnp.int32)
         keys = jax.random.split(key, num_groups)
-        varying = varying_axes((params, groups, keys, args, sizes, bound))
+        varying = varying_axes((params, parts.frozen, groups, keys, args, sizes, bound))
 
         def gradient(group: tuple[PyTree, jax.Array], size: jax.Array) -> Tally:
             batch, key = group
-
-            def losses_of(p: PyTree) -> tuple[jax.Array, PyTree]:
-                out = losses_fn(p, batch, *args)
-                return out if has_aux else (out, None)
-
-            losses, pull, aux = jax.vjp(losses_of, params, has_aux=True)
+            losses, pull, aux = jax.vjp(lambda p: losses_and_aux(p, batch), params, has_aux=True)
             real = jnp.arange(length) < size
             n = jnp.maximum(size, 1)
             examples = n.astype(jnp.float32)
@@ -190,8 +201,7 @@ def value_and_grad_signs(
             )
             loss = jnp.sum(jnp.where(real, widen(losses), 0.0))
             value = loss / examples.astype(loss.dtype)
-            averaged, summed = split_aux(aux)
-            return Tally(noise, value, averaged, summed)
+            return Tally(noise, value, *split_aux(where, aux, sum_aux))
 
         total = pool_devices(
             accumulate(
@@ -199,11 +209,14 @@ def value_and_grad_signs(
             ),
             axes,
         )
-        noise = total.noise._replace(mean=cast_like(total.noise.mean, params))
+        noise = total.noise._replace(
+            mean=parts.filled(cast_like(total.noise.mean, params)),
+            coordinate_scatter=parts.filled(total.noise.coordinate_scatter, jnp.float32),
+        )
         value = jnp.where(noise.num_examples == 0, jnp.nan, total.value)
         if not has_aux:
             return value, noise
-        return (value, join_aux(shape[1], total.averaged, total.summed)), noise
+        return (value, join_aux(where, shape[1], sum_aux, total[2:])), noise
 
     return fn
 
@@ -238,10 +251,10 @@ def _num_groups(groups: PyTree) -> int:
 
 
 def _num_losses(losses: Any) -> int:
-    if len(jnp.shape(losses)) != 1:
+    if len(losses.shape) != 1 or not jnp.issubdtype(losses.dtype, jnp.floating):
         raise ValueError(
-            "value_and_grad_signs: losses_fn must return the losses [B] of the examples, got shape "
-            f"{jnp.shape(losses)}"
+            "value_and_grad_signs: losses_fn must return the losses [B] of the examples, real numbers, "
+            f"got shape {losses.shape} of {losses.dtype}"
         )
     return losses.shape[0]
 

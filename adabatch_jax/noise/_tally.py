@@ -21,8 +21,9 @@ class Tally(NamedTuple):
 
     noise: GradientNoise
     value: jax.Array  # mean loss
-    averaged: PyTree  # float leaves of aux: weighted means
-    summed: PyTree  # other leaves of aux: sums
+    averaged: PyTree  # leaves of aux: means weighted by examples
+    summed: PyTree  # sums
+    taken: PyTree  # those of the first group with examples
 
 
 def prepare(where: str, params: PyTree, groups: PyTree, axes: tuple[str, ...]) -> PyTree:
@@ -51,11 +52,19 @@ def merge(measure: Any, a: Tally, b: Tally) -> Tally:
     n_a, n_b = (t.noise.num_examples.astype(jnp.float32) for t in (a, b))
     value, averaged = blend(n_a, (a.value, a.averaged), n_b, (b.value, b.averaged))
     summed = jax.tree.map(lambda x, y: x + kept(n_b, y), a.summed, b.summed)
-    return Tally(join_noise(a.noise, b.noise, measure), value, averaged, summed)
+    taken = jax.tree.map(lambda x, y: jnp.where(n_a > 0, x, y), a.taken, b.taken)
+    return Tally(join_noise(a.noise, b.noise, measure), value, averaged, summed, taken)
 
 
-def pool(tally: Tally, total: Callable[[jax.Array], jax.Array]) -> Tally:
-    """Merges the lanes of a leading axis, or devices: see `pool_noise`."""
+def pool(
+    tally: Tally,
+    total: Callable[[jax.Array], jax.Array],
+    foremost: Callable[[jax.Array], jax.Array],
+) -> Tally:
+    """Merges the lanes of a leading axis, or devices: see `pool_noise`.
+
+    `foremost` tells whether this is the first of them that is marked.
+    """
     n = tally.noise.num_examples.astype(jnp.float32)
     noise, value = pool_noise(tally.noise, tally.value[..., None], total)
     all_n = jnp.maximum(noise.num_examples.astype(jnp.float32), 1.0)
@@ -63,12 +72,17 @@ def pool(tally: Tally, total: Callable[[jax.Array], jax.Array]) -> Tally:
         lambda x: total(kept(n, align(n, x) * x)) / all_n.astype(x.dtype), tally.averaged
     )
     summed = jax.tree.map(lambda x: total(kept(n, x)), tally.summed)
-    return Tally(noise, value[0], averaged, summed)
+    taken = tally.taken
+    if jax.tree.leaves(taken):
+        one = foremost(n > 0)
+        number = lambda x: x.astype(jnp.int32) if x.dtype == bool else x  # noqa: E731
+        taken = jax.tree.map(lambda x: total(number(kept(one, x))).astype(x.dtype), taken)
+    return Tally(noise, value[0], averaged, summed, taken)
 
 
 def kept(n: jax.Array, x: jax.Array) -> jax.Array:
     """`x` where there are examples, 0 where there are none."""
-    return jnp.where(align(n, x) > 0, x, jnp.zeros_like(x))
+    return jnp.where(jnp.expand_dims(n > 0, range(n.ndim, x.ndim)), x, jnp.zeros_like(x))
 
 
 def accumulate(
@@ -106,7 +120,7 @@ def accumulate(
         size = jnp.where(inside, size, 0)
         if together:
             return join(so_far, widened(group, size))
-        return join(so_far, pool(jax.vmap(widened)(group, size), sum_leading))
+        return join(so_far, pool_leading(jax.vmap(widened)(group, size)))
 
     def single_step(i: jax.Array, so_far: Tally) -> Tally:
         return join(so_far, widened(*at(i)))
@@ -115,41 +129,45 @@ def accumulate(
         shapes = jax.eval_shape(widened, *jax.tree.map(lambda x: x[:vectorize], groups))
     else:
         shapes = jax.eval_shape(jax.vmap(widened) if lanes else widened, *first(groups, 1))
-    start = to_varying(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), varying)
+    start = to_varying(jax.tree.map(zeros_of, shapes), varying)
     if lanes:
-        return pool(jax.lax.fori_loop(0, bound, lane_step, start), sum_leading)
+        return pool_leading(jax.lax.fori_loop(0, bound, lane_step, start))
     if vectorize > 1 or together:
         return jax.lax.fori_loop(0, (bound + vectorize - 1) // vectorize, chunk_step, start)
     return jax.lax.fori_loop(0, bound, single_step, start)
 
 
+def zeros_of(shape: Any) -> jax.Array:
+    """Zeros of this shape; on a mesh whose axes are `AxisType.Explicit`, sharded like it."""
+    sharding = shape.sharding if shape.sharding is not None and any(shape.sharding.spec) else None
+    return jnp.zeros(shape.shape, shape.dtype, device=sharding)
+
+
+def pool_leading(tally: Tally) -> Tally:
+    """Merges the lanes of a leading axis."""
+
+    def total(x: jax.Array) -> jax.Array:
+        return jnp.sum(x, axis=0, dtype=x.dtype)
+
+    return pool(tally, total, lambda mark: mark & (jnp.cumsum(mark) == 1))
+
+
 def pool_devices(tally: Tally, axes: tuple[str, ...]) -> Tally:
+    """Merges the devices of mesh axes."""
     if not axes:
         return tally
     checked = checked_axes(axes)
-    return pool(tally, lambda x: jax.lax.psum(to_varying(x, checked), axes))
 
+    def total(x: jax.Array) -> jax.Array:
+        return jax.lax.psum(to_varying(x, checked), axes)
 
-def sum_leading(x: jax.Array) -> jax.Array:
-    return jnp.sum(x, axis=0, dtype=x.dtype)
+    def foremost(mark: jax.Array) -> jax.Array:
+        own = jax.lax.axis_index(axes)
+        place = jnp.where(mark, own, jnp.iinfo(jnp.int32).max)
+        return jax.lax.pmin(to_varying(place, checked), axes) == own
+
+    return pool(tally, total, foremost)
 
 
 def first(groups: PyTree, ndim: int) -> PyTree:
     return jax.tree.map(lambda x: x[(0,) * ndim], groups)
-
-
-def is_float(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def split_aux(aux: PyTree) -> tuple[list[jax.Array], list[jax.Array]]:
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(aux)]
-    summed = [x.astype(jnp.int32) if x.dtype == bool else x for x in leaves if not is_float(x)]
-    return [x for x in leaves if is_float(x)], summed
-
-
-def join_aux(shape: PyTree, averaged: list[jax.Array], summed: list[jax.Array]) -> PyTree:
-    means, sums = iter(averaged), iter(summed)
-    leaves, structure = jax.tree.flatten(shape)
-    joined = [next(means).astype(s.dtype) if is_float(s) else next(sums) for s in leaves]
-    return jax.tree.unflatten(structure, joined)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +39,30 @@ class Regression:
 
     @classmethod
     def loss_and_aux(cls, params: Any, group: Any) -> Any:
-        """With a float to be averaged, and an integer and a bool to be summed."""
+        """With a float to be averaged, an integer and a bool to be summed, and what is of one group."""
         value = cls.loss(params, group)
         count = jnp.sum(group["real"]).astype(jnp.int32)
-        return value, {"double": 2 * value, "seen": (count, count > 1)}
+        return value, {
+            "double": 2 * value,
+            "seen": (count, count > 1),
+            "one": cls.marks(group["y"][0]),
+        }
+
+    sum_aux: ClassVar[Any] = {"double": False, "seen": True, "one": False}
+
+    @staticmethod
+    def marks(y: Any) -> Any:
+        """Integers, a bool and keys by which a group is known."""
+        word = jax.lax.bitcast_convert_type(y, jnp.uint32)
+        raw = jnp.stack([word, word + 1])
+        key = jax.random.wrap_key_data(raw)
+        return {
+            "word": word,
+            "byte": word.astype(jnp.uint8),
+            "odd": word % 2 == 1,
+            "raw": raw,
+            "key": key,
+        }
 
     @staticmethod
     def draw(seed: int, num_groups: int, group_size: int, sizes: Any = None) -> Any:
@@ -105,6 +125,7 @@ def _compiled(form_name: str) -> Any:
     fn = value_and_grad_noise(
         Regression.loss_and_aux,
         has_aux=True,
+        sum_aux=Regression.sum_aux,
         coordinate_wise=True,
         inner_products=True,
         **FORMS[form_name].options,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adabatch_jax import GradientNoise, merge_noise
+from adabatch_jax import GradientNoise, merge_noise, value_and_grad_noise, value_and_grad_signs
 from adabatch_jax.noise._gradient_noise import pool_noise
 
 SIZES = (3, 1, 2, 5, 4, 0)
@@ -62,3 +62,67 @@ def test_merged_noise_is_that_of_the_real_plane(parts, expected, join):
 
 def test_the_squared_norm_of_one_complex_number():
     assert float(GradientNoise(jnp.complex64(3 + 4j), 0.0, 1, 1).squared_norm) == 25.0
+
+
+def losses(params, batch):
+    """Of single examples: a product of complex numbers, and a real leaf beside it."""
+    z, r = params["z"], params["r"]
+    x, y = batch
+    return jnp.abs(x @ z - y) ** 2 + jnp.real(x @ r.astype(x.dtype)) ** 2
+
+
+def loss(params, batch):
+    return jnp.mean(losses(params, batch))
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(1)
+
+    def draw(*shape):
+        return (rng.normal(size=shape) + 1j * rng.normal(size=shape)).astype(np.complex64)
+
+    params = {"z": jnp.asarray(draw(3)), "r": jnp.array([1.0, -1.0, 0.5])}
+    return params, (draw(6, 4, 3), draw(6, 4))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"vectorize": 4}, {"lanes": True}], ids=["loop", "vectorize", "lanes"]
+)
+def test_a_loss_of_complex_parameters(problem, options):
+    params, groups = problem
+    each = [jax.grad(loss)(params, jax.tree.map(lambda x, j=j: x[j], groups)) for j in range(6)]
+    g = np.stack([np.concatenate([x["r"], x["z"]]) for x in each]).astype(np.complex128)
+    mean = g.mean(0)
+    products = np.real(g.conj() @ mean)  # of R⁹
+    if options.get("lanes"):
+        groups = jax.tree.map(lambda x: x.reshape(3, 2, *x.shape[1:]), groups)
+    fn = value_and_grad_noise(loss, coordinate_wise=True, inner_products=True, **options)
+    value, noise = jax.jit(fn)(params, groups)
+    whole = [x.reshape(24, *x.shape[2:]) for x in problem[1]]
+    np.testing.assert_allclose(value, loss(params, whole), rtol=1e-5)
+    assert noise.mean["z"].dtype == jnp.complex64
+    np.testing.assert_allclose(jnp.concatenate([noise.mean["r"], noise.mean["z"]]), mean, rtol=1e-4)
+    np.testing.assert_allclose(noise.scatter, 4 * (np.abs(g - mean) ** 2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        noise.coordinate_scatter["z"], 4 * (np.abs(g - mean) ** 2).sum(0)[3:], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        noise.inner_product_scatter, 4 * ((products - products.mean()) ** 2).sum(), rtol=1e-4
+    )
+
+
+def test_signs_see_both_parts(problem):
+    params, groups = problem
+    whole = jax.tree.map(lambda x: x.reshape(1, 24, *x.shape[2:]), groups)
+    fn = value_and_grad_signs(losses, num_signs=8, coordinate_wise=True)
+    keys = jax.random.split(jax.random.key(0), 100)
+    noise = jax.jit(jax.vmap(lambda key: fn(params, whole, key)[1]))(keys)
+    g = jax.vmap(lambda *x: jax.grad(loss)(params, [a[None] for a in x]))(*(a[0] for a in whole))
+    g = np.concatenate([g["r"], g["z"]], 1).astype(np.complex128)
+    np.testing.assert_allclose(noise.mean["z"][0], g.mean(0)[3:], rtol=1e-4)
+    variance = (np.abs(g - g.mean(0)) ** 2).sum(0) / 23
+    found = np.asarray(jax.vmap(lambda n: n.trace)(noise))
+    assert abs(found.mean() - variance.sum()) < 4 * found.std() / 10
+    by_coordinate = np.asarray(noise.coordinate_scatter["z"]).mean(0) / (noise.num_groups[0] - 1)
+    np.testing.assert_allclose(by_coordinate, variance[3:], rtol=0.2)

@@ -62,28 +62,6 @@ def test_without_sizes_every_row_counts(regression):
     assert (int(noise.num_examples), int(noise.num_groups)) == (20, 4)
 
 
-def test_aux_floats_are_weighted_means_and_the_rest_sums(regression, measure):
-    sizes = [3, 1, 0, 2, 1, 3]
-    groups = regression.draw(4, num_groups=6, group_size=3, sizes=sizes)
-    (value, aux), _ = measure(groups)
-    np.testing.assert_allclose(aux["double"], 2 * value, rtol=1e-6)
-    assert int(aux["seen"][0]) == 10
-    assert int(aux["seen"][1]) == 3  # groups of more than one example
-    assert aux["seen"][1].dtype == jnp.int32
-
-
-def test_aux_keeps_its_structure_and_float_dtype():
-    def loss(w, x):
-        return jnp.mean(w * x), {"half": jnp.mean(x).astype(jnp.bfloat16), "no": None, "one": (1,)}
-
-    fn = value_and_grad_noise(loss, has_aux=True)
-    (_, aux), _ = jax.jit(fn)(jnp.float32(1.0), jnp.ones((4, 2)))
-    assert aux["half"].dtype == jnp.bfloat16
-    assert float(aux["half"]) == 1.0
-    assert aux["no"] is None
-    assert int(aux["one"][0]) == 4
-
-
 def test_extra_arguments_reach_every_group_unchanged(regression):
     groups = regression.draw(5, num_groups=4, group_size=2)
 

@@ -202,7 +202,8 @@ def test_between_micro_batches_of_equal_examples_the_scatter_is_that_of_groups(
 def test_value_gradient_and_aux_are_those_of_the_whole_batch(regression, flat):
     sizes = np.array([6, 3, 0, 5])
     groups = regression.draw(3, NUM_GROUPS, GROUP_SIZE)
-    fn = jax.jit(value_and_grad_signs(losses_and_aux, has_aux=True))
+    sums = {"double": False, "seen": True}
+    fn = jax.jit(value_and_grad_signs(losses_and_aux, has_aux=True, sum_aux=sums))
     (value, aux), noise = fn(regression.params, groups, jax.random.key(0))
     batch = {k: v.reshape((-1, *v.shape[2:])) for k, v in groups.items()}
     true, gradient = jax.value_and_grad(regression.loss)(regression.params, batch)

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 
 from adabatch_jax._axes import to_varying
 from adabatch_jax._tree import align, squared_norm, widen
+from adabatch_jax.noise._aux import Parts
 from adabatch_jax.noise._gradient_noise import GradientNoise
 from adabatch_jax.noise._structured._plan import make_plan
 from adabatch_jax.noise._structured._statistics import along, backward, squares, sums
 from adabatch_jax.noise._tally import Tally
 
 PyTree = Any
-PARTS = tuple[jax.Array, tuple[list[jax.Array], list[jax.Array]]]
+PARTS = tuple[jax.Array, Parts]
 
 
 def batch_tally(
@@ -36,7 +37,7 @@ def batch_tally(
     With S = Σ ‖gᵢ‖² the scatter is S − n ‖ḡ‖², and so coordinate by coordinate, not below 0.
 
     Args:
-      loss_parts: of parameters and one example: loss, and what is averaged and what is summed of aux.
+      loss_parts: of parameters and one example: loss, and the parts of aux, as `split_aux` gives them.
       params: pytree of real floats.
       examples: pytree.
       sizes: int32 [n]: 1, or 0 for what is to be ignored.
@@ -77,7 +78,8 @@ def batch_tally(
 
     def known(tree: PyTree) -> PyTree:
         """0 where there was no example at all."""
-        return jax.tree.map(lambda x: jnp.where(number > 0, x, 0), tree) if masked else tree
+        here = lambda x: jnp.where(number > 0, x, jnp.zeros_like(x))  # noqa: E731
+        return jax.tree.map(here, tree) if masked else tree
 
     def measured() -> Any:
         norms, each, direct = squares(plan, leaves, signals, coordinate_wise)
@@ -107,8 +109,15 @@ def batch_tally(
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(x * align(sizes, x), axis=0, dtype=x.dtype)
 
-    value, (averaged, summed) = jax.tree.unflatten(jax.tree.structure(shape), results)
-    tally = Tally(noise, average(value), [average(x) for x in averaged], [total(x) for x in summed])
+    value, (averaged, summed, taken) = jax.tree.unflatten(jax.tree.structure(shape), results)
+    foremost = jnp.argmax(sizes > 0)
+    tally = Tally(
+        noise,
+        average(value),
+        [average(x) for x in averaged],
+        [total(x) for x in summed],
+        [known(x[foremost]) for x in taken],
+    )
 
     def project(direction: PyTree) -> jax.Array:
         direction = jax.tree.map(lambda d, p: d.astype(p.dtype), direction, params)

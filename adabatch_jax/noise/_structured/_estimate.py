@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
+from adabatch_jax.noise._arguments import take_apart, to_arrays
 from adabatch_jax.noise._estimate import estimator
 from adabatch_jax.noise._gradient_noise import GradientNoise
 from adabatch_jax.noise._groups import is_key
@@ -32,7 +33,8 @@ def value_and_grad_structured(
     Args:
       loss_fn: as for `value_and_grad_noise`.
       vectorize: examples that go together; all by default.
-      **options: has_aux, axis_name, coordinate_wise, inner_products: as for `value_and_grad_noise`.
+      **options: has_aux, sum_aux, trained, axis_name, coordinate_wise, inner_products: as for
+        `value_and_grad_noise`.
 
     Returns:
       A function like that of `value_and_grad_noise`, of groups [num_groups, 1, …].
@@ -52,13 +54,14 @@ def value_and_grad_structured(
     Source: Goodfellow (2015), arXiv 1510.01799; Li et al. (2021), arXiv 2110.05679; Rochette et al. (2019),
     arXiv 1912.06015.
     """
+    name = "value_and_grad_structured"
     if vectorize is not None:
-        _validate.positive_int("value_and_grad_structured", vectorize=vectorize)
+        _validate.positive_int(name, vectorize=vectorize)
     measured = estimator(loss_fn, vectorize=vectorize, lanes=False, together=batch_tally, **options)
 
     def fn(params: PyTree, groups: PyTree, *args: Any, **given: Any) -> Any:
-        params, groups = jax.tree.map(jnp.asarray, (params, groups))
-        check_single_examples(params, groups)
+        groups = to_arrays(name, "groups", groups)
+        check_single_examples(take_apart(name, params, options.get("trained")).trained, groups)
         return measured(params, groups, *args, **given)
 
     return fn
