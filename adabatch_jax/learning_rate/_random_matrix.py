@@ -14,7 +14,7 @@ from adabatch_jax._axes import AxisName, axis_tuple
 from adabatch_jax.curvature import full_hessian_extremes, transition_batch_size
 from adabatch_jax.curvature._noise import spectrum_and_noise
 from adabatch_jax.learning_rate._refresh import Refresh
-from adabatch_jax.learning_rate._scaling import batch_sizes, random_matrix_scaling
+from adabatch_jax.learning_rate._scaling import batch_sizes, random_matrix_scaling, times
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
@@ -187,8 +187,7 @@ def scale_by_random_matrix(
         known = jnp.where(state.transition_refreshes > 0, transition, jnp.nan)
         rule = random_matrix_scaling(known, adaptive=adaptive, dataset_size=dataset_size)
         factor = rule(size, base)
-        scaled = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
-        return scaled, state._replace(
+        return times(updates, factor), state._replace(
             measured_scale=factor,
             measured_transition=transition,
             since_transition=refresh.advance(state.since_transition, due, size),

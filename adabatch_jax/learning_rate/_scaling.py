@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._tree import cast_like, widen
 from adabatch_jax.curvature import inverse_effective_batch_size
 from adabatch_jax.noise import GradientNoise
 
@@ -167,10 +168,15 @@ def scale_by_batch_size(
         given = default_base if base_batch_size is None else base_batch_size
         size, base = batch_sizes("scale_by_batch_size", given, noise, batch_size)
         factor = jnp.asarray(rule(size, base)).astype(jnp.float32)
-        scaled = jax.tree.map(lambda u: u * factor.astype(u.dtype), updates)
-        return scaled, ScaleByBatchSizeState(factor)
+        return times(updates, factor), ScaleByBatchSizeState(factor)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def times(updates: PyTree, factor: jax.Array) -> PyTree:
+    """`updates` times a float32 number, rounded once: float16 would make 1e-8 zero and 1e5 infinite."""
+    wide = jax.tree.map(lambda u: u * factor.astype(u.dtype), widen(updates))
+    return cast_like(wide, updates)
 
 
 def batch_sizes(

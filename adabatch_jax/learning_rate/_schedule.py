@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax.learning_rate._scaling import times
 from adabatch_jax.noise import GradientNoise
 from adabatch_jax.noise._clock import advance, as_float, zero_clock
 
@@ -91,8 +92,7 @@ def scale_by_example_schedule(
         if num_examples is None and noise is not None:
             num_examples = noise.num_examples
         rate = rate_at(state.schedule_clock)
-        scaled = jax.tree.map(lambda u: u * (sign * rate).astype(u.dtype), updates)
-        return scaled, ScaleByExampleScheduleState(
+        return times(updates, sign * rate), ScaleByExampleScheduleState(
             rate, advance(state.schedule_clock, num_examples)
         )
 

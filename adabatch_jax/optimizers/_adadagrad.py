@@ -9,9 +9,12 @@ import jax
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._tree import cast_like, widen
 from adabatch_jax.batch_size import Criterion, adapt_batch_size
 from adabatch_jax.learning_rate import scale_by_batch_size, scale_by_example_schedule
 from adabatch_jax.optimizers._adagrad_norm import scale_by_adagrad_norm
+
+PyTree = Any
 
 
 def adadagrad(
@@ -29,7 +32,8 @@ def adadagrad(
 
     v ← v + g², w ← w − α g / √(v + ε), coordinate by coordinate; the batch size follows `criterion`.
     The defaults v₀ = 0 and ε = 10⁻²⁰ inside the root reproduce the authors' optimizer (PyTorch's: ε =
-    10⁻¹⁰ outside the root) wherever √v is well above 10⁻¹⁰; Optax's own start at v₀ = 0.1.
+    10⁻¹⁰ outside the root) wherever √v is well above 10⁻¹⁰; Optax's own start at v₀ = 0.1. v is at
+    least float32, whatever the parameters are.
 
     Args:
       learning_rate: α > 0, or a schedule over **examples processed**. The authors use 8e-3, constant,
@@ -76,7 +80,7 @@ def adadagrad(
     )
     return _recipe(
         "adadagrad",
-        optax.scale_by_rss(initial_accumulator_value, eps),
+        adagrad_direction(initial_accumulator_value, eps),
         learning_rate,
         criterion,
         initial_batch_size,
@@ -140,6 +144,26 @@ def adadagrad_norm(
         scaling,
         batch_size_options,
     )
+
+
+def adagrad_direction(initial_accumulator_value: Any, eps: Any) -> optax.GradientTransformation:
+    """`optax.scale_by_rss` with sums that are at least float32; updates in the dtype of the gradient.
+
+    In bfloat16 a sum of ones stays at 256, and in float16 the square of 1e-4 is 0.
+    """
+    link = optax.scale_by_rss(initial_accumulator_value, eps)
+
+    def init(params: PyTree) -> optax.ScaleByRssState:
+        return link.init(widen(params))
+
+    def update(
+        updates: PyTree, state: optax.ScaleByRssState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.ScaleByRssState]:
+        del params
+        scaled, state = link.update(widen(updates), state)
+        return cast_like(scaled, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _recipe(

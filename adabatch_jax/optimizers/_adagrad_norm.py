@@ -10,6 +10,7 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._tree import squared_norm
+from adabatch_jax.learning_rate._scaling import times
 
 PyTree = Any
 
@@ -67,7 +68,6 @@ def scale_by_adagrad_norm(
         total = state.sum_of_squared_norms + squared_norm(updates)
         denominator = jnp.sqrt(total) + jnp.asarray(eps).astype(jnp.float32)
         factor = jnp.where(denominator > 0, 1.0 / jnp.where(denominator > 0, denominator, 1.0), 0.0)
-        scaled = jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
-        return scaled, ScaleByAdagradNormState(total)
+        return times(updates, factor), ScaleByAdagradNormState(total)
 
     return optax.GradientTransformation(init, update)

@@ -8,6 +8,7 @@ from typing import Any
 import optax
 
 import adabatch_jax as adabatch
+from adabatch_jax.optimizers._adadagrad import adagrad_direction
 from adabatch_jax.training._config import TrainConfig
 
 WITHOUT_MOMENTUM = ("adadagrad", "adadagrad-norm", "sgd")
@@ -29,7 +30,7 @@ def build_criterion(config: TrainConfig) -> adabatch.Criterion | None:
 def build_direction(name: str) -> optax.GradientTransformation:
     """The update direction, before sign and learning rate."""
     makers: dict[str, Callable[[], optax.GradientTransformation]] = {
-        "adadagrad": lambda: optax.scale_by_rss(initial_accumulator_value=0.0, eps=1e-20),
+        "adadagrad": lambda: adagrad_direction(initial_accumulator_value=0.0, eps=1e-20),
         "adadagrad-norm": adabatch.scale_by_adagrad_norm,
         "adam": optax.scale_by_adam,
         "adamp": adabatch.scale_by_adamp,

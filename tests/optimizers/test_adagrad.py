@@ -73,6 +73,14 @@ def test_adagrad_norm_keeps_one_number_and_the_dtype():
     assert updates["w"].dtype == jnp.bfloat16
 
 
+def test_adagrad_norm_of_a_tiny_float16_gradient_is_finite():
+    """1 / ‖g‖ = 1.4e5 is no float16, but g / ‖g‖ is."""
+    link = scale_by_adagrad_norm(initial_accumulator_value=0.0)
+    gradient = jnp.full(2, 5e-6, jnp.float16)
+    updates, _ = link.update(gradient, link.init(gradient))
+    np.testing.assert_allclose(np.float32(updates), 0.5**0.5, rtol=1e-3)
+
+
 def test_adagrad_norm_of_nothing_is_nothing():
     link = scale_by_adagrad_norm(initial_accumulator_value=0.0)
     updates, _ = link.update(jnp.zeros(2), link.init(jnp.zeros(2)))
