@@ -21,9 +21,12 @@ class ReturnToMinimumState(NamedTuple):
     """State of `return_to_minimum`: a second set of parameters and moments."""
 
     snapshots_taken: jax.Array  # int32
-    returns_made: jax.Array  # int32: steps that led back to the snapshot
+    returns_made: jax.Array  # int32: how often the parameters went back to the snapshot
+    returning: jax.Array  # bool: one more step leads there, since the last was rounded
     snapshot_params: PyTree
-    snapshot_moments: PyTree  # the parts of the optimizer state that go back with them
+    # The arrays alone of what goes back with them: as states, each of their names would stand in the
+    # optimizer state twice, and optax.tree.get refuses that.
+    snapshot_moments: tuple[jax.Array, ...]
     inner_returning_state: PyTree
 
     def report_metrics(self) -> dict[str, Any]:
@@ -39,14 +42,15 @@ def return_to_minimum(
     AutoWU notices that the loss has passed its minimum some tests after it has, and in between a
     learning rate that is too large damages the parameters. This wrapper keeps a snapshot of them,
     taken at the last test of the warm-up whose minimum lay at present. When the warm-up ends because
-    the minimum is past or the loss diverged, the updates lead back there: `params + updates` is
-    the snapshot to the rounding of one addition. Where `max_relative_step` bounds the rate, no snapshot
-    is taken above it: the loss of a network with normalisation may fall there while its weights grow
-    so large that it learns slowly ever after. With `watch_divergence` the snapshot is renewed
-    afterwards, once per test interval if the average loss is at its lowest, and a setback leads back
-    to it. Moments of the direction (any state that holds floating-point numbers, with the counts that
-    correct their bias) go back as well; batch-size controller, schedule, clocks, PRNG keys and
-    injected hyperparameters stay.
+    the minimum is past or the loss diverged, the updates lead back there: `params + updates` is the
+    snapshot to the rounding of one addition. Updates in bfloat16 or float16 round by up to 0.4 % of the
+    way, which is more than that: then the next step leads there, too, and does nothing else. Where
+    `max_relative_step` bounds the rate, no snapshot is taken above it: the loss of a network with
+    normalisation may fall there while its weights grow so large that it learns slowly ever after. With
+    `watch_divergence` the snapshot is renewed afterwards, once per test interval if the average loss is
+    at its lowest, and a setback leads back to it. Moments of the direction (any state that holds
+    floating-point numbers, with the counts that correct their bias) go back as well; batch-size
+    controller, schedule, clocks, PRNG keys and injected hyperparameters stay.
 
     It must be outermost, because later links would distort the way back; only
     `adaptive_multi_steps` may stand around it. The memory is that of one more set of parameters and
@@ -82,6 +86,7 @@ def return_to_minimum(
         return ReturnToMinimumState(
             snapshots_taken=jnp.zeros((), jnp.int32),
             returns_made=jnp.zeros((), jnp.int32),
+            returning=jnp.zeros((), bool),
             snapshot_params=jax.tree.map(jnp.copy, params),
             snapshot_moments=jax.tree.map(jnp.copy, _moments(inner)),
             inner_returning_state=inner,
@@ -121,12 +126,16 @@ def return_to_minimum(
         def choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:
             return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
 
+        best &= ~state.returning
+        again = back & any(_is_narrow(u) for u in jax.tree.leaves(updates))
+        moves = back | state.returning
         # The loss that was lowest is that of the parameters before this step.
         way_back = jax.tree.map(_difference, state.snapshot_params, params, updates)
-        moments = choose(back, state.snapshot_moments, _moments(after))
-        return choose(back, way_back, updates), ReturnToMinimumState(
+        moments = choose(moves, state.snapshot_moments, _moments(after))
+        return choose(moves, way_back, updates), ReturnToMinimumState(
             snapshots_taken=state.snapshots_taken + best.astype(jnp.int32),
             returns_made=state.returns_made + back.astype(jnp.int32),
+            returning=again,
             snapshot_params=choose(best, params, state.snapshot_params),
             snapshot_moments=choose(best, _moments(before), state.snapshot_moments),
             inner_returning_state=_with_moments(after, moments),
@@ -139,6 +148,10 @@ def _difference(there: jax.Array, here: jax.Array, like: jax.Array) -> jax.Array
     """`there − here`, rounded once, in the dtype of the update that it replaces."""
     dtype = jnp.promote_types(there.dtype, like.dtype)
     return (there.astype(dtype) - here.astype(dtype)).astype(like.dtype)
+
+
+def _is_narrow(update: jax.Array) -> bool:
+    return jnp.finfo(update.dtype).bits < 32
 
 
 def _map_moments(change: Callable[[Any], Any], opt_state: Any) -> Any:
@@ -163,17 +176,17 @@ def _map_moments(change: Callable[[Any], Any], opt_state: Any) -> Any:
     return change(opt_state) if is_moments else opt_state
 
 
-def _moments(opt_state: PyTree) -> list[Any]:
-    found: list[Any] = []
+def _moments(opt_state: PyTree) -> tuple[jax.Array, ...]:
+    found: list[jax.Array] = []
 
     def note(state: Any) -> Any:
-        found.append(state)
+        found.extend(jax.tree.leaves(state))
         return state
 
     _map_moments(note, opt_state)
-    return found
+    return tuple(found)
 
 
-def _with_moments(opt_state: PyTree, moments: list[Any]) -> PyTree:
+def _with_moments(opt_state: PyTree, moments: tuple[jax.Array, ...]) -> PyTree:
     left = iter(moments)
-    return _map_moments(lambda _: next(left), opt_state)
+    return _map_moments(lambda state: jax.tree.map(lambda _: next(left), state), opt_state)

@@ -16,7 +16,7 @@ _STEPS = 24  # that are looked at: a momentum of 0.9 is nearly full then
 class StepLength(NamedTuple):
     """How high a rate the first directions allow."""
 
-    seen: jax.Array  # int32: directions, up to 24
+    directions_seen: jax.Array  # int32: up to 24
     highest_rate: jax.Array  # float32: infinite if none could be measured
 
 
@@ -42,8 +42,8 @@ def measure(
         known = jnp.isfinite(rate) & (rate > 0)
         highest = jnp.where(known, jnp.minimum(length.highest_rate, rate), length.highest_rate)
         # Parameters that begin at zero are as long as their first steps: no measure, now or later.
-        return StepLength(jnp.where(size > 0, length.seen + 1, _STEPS), highest)
+        return StepLength(jnp.where(size > 0, length.directions_seen + 1, _STEPS), highest)
 
     # A cond, so that later steps do not read the parameters once more.
-    wanted &= length.seen < _STEPS
+    wanted &= length.directions_seen < _STEPS
     return jax.lax.cond(wanted, with_this, lambda length: length, length)

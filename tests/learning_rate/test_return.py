@@ -211,6 +211,23 @@ def test_inside_adaptive_multi_steps_it_goes_back_once_per_switch():
         np.testing.assert_allclose(a["w"], b["w"], rtol=1e-5)
 
 
+def test_narrow_updates_lead_back_exactly_in_two_steps():
+    """The way is 60 times as long as the snapshot: its rounding alone would be a part of that."""
+    w = jnp.linspace(0.5, 2.0, 20)
+    params = {"a": w.astype(jnp.bfloat16), "b": w.astype(jnp.float16)}
+    links = optax.chain(optax.scale(300.0), schedule(smoother="rbf"))
+    gradient = jax.tree.map(jnp.sqrt, params)
+    done = run(adabatch.return_to_minimum(links), BOWL, params, gradient, until=30)
+    t = switch_of(done)
+    assert [bool(s.returning) for s in done.states[t - 1 : t + 2]] == [False, True, False]
+    assert int(done.states[-1].returns_made) == 1
+    for leaf, kept in done.states[t].snapshot_params.items():
+        after = [p[leaf] for p in done.params[t : t + 3]]
+        assert after[0].dtype == after[1].dtype == kept.dtype
+        assert (after[0] != kept).any() and (after[2] != kept).all()
+        assert after[1].tolist() == kept.tolist()
+
+
 def test_without_parameters_it_says_what_it_needs():
     optimizer = adabatch.return_to_minimum(schedule())
     state = optimizer.init({"w": jnp.ones(2)})
