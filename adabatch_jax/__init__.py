@@ -25,6 +25,8 @@ from adabatch_jax.batch_size import (
     metrics,
     needs_noise,
     norm_test,
+    trained_parameters,
+    unless_skipped,
 )
 from adabatch_jax.curvature import (
     BatchSharpness,
@@ -168,7 +170,9 @@ __all__ = [
     "split_groups",
     "sqrt_scaling",
     "top_eigenvector",
+    "trained_parameters",
     "transition_batch_size",
+    "unless_skipped",
     "value_and_grad_noise",
     "value_and_grad_signs",
 ]

@@ -7,7 +7,8 @@ batch size in the optimizer state; `adaptive_multi_steps` gathers micro-batches 
   `augmented_inner_product_test`, `gradient_noise_scale`; `cabs`, which reads the loss, too;
   `batch_size_schedule`, which measures nothing; `Criterion` and `Evidence` to write one.
 * `get_batch_size`, `has_updated`, `needs_noise` and `metrics` read any optimizer state that holds a
-  controller.
+  controller; `unless_skipped` keeps what the loop carries beside its parameters.
+* `trained_parameters` tells which parameters an optimizer moves.
 """
 
 from adabatch_jax.batch_size._adapt import adapt_batch_size
@@ -22,7 +23,9 @@ from adabatch_jax.batch_size._criterion import Criterion, Evidence
 from adabatch_jax.batch_size._multi_steps import adaptive_multi_steps
 from adabatch_jax.batch_size._policies import batch_size_schedule, cabs
 from adabatch_jax.batch_size._read import get_batch_size, has_updated, metrics, needs_noise
+from adabatch_jax.batch_size._skipped import unless_skipped
 from adabatch_jax.batch_size._state import BatchSizeStatus
+from adabatch_jax.batch_size._trained import trained_parameters
 
 __all__ = [
     "BatchSizeStatus",
@@ -41,4 +44,6 @@ __all__ = [
     "metrics",
     "needs_noise",
     "norm_test",
+    "trained_parameters",
+    "unless_skipped",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from adabatch_jax._axes import checked_axes, to_varying, varying_axes
 from adabatch_jax._tree import align, squared_norm, trainable, widen
 from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._gradient_noise import pool_noise
+from adabatch_jax.noise._gradient_noise import pool_noise, squared_gaps
 
 PyTree = Any
 _WHERE = "adaptive_multi_steps"
@@ -24,6 +24,7 @@ class Call(NamedTuple):
     loss: jax.Array  # float32
     offered: jax.Array  # int32: examples behind the call, those that are skipped included
     skipped: jax.Array  # int32: devices whose part is skipped
+    gaps: list[jax.Array] | None = None  # from the gathered mean, squared, leaf by leaf, if known
 
 
 def measure_call(
@@ -32,10 +33,17 @@ def measure_call(
     value: Any,
     num_examples: Any,
     *,
+    gathered: list[jax.Array],
+    measure: jax.Array,
     coordinate_wise: bool,
     axes: tuple[str, ...],
 ) -> Call:
-    """The micro-batch as one group, or one per device; those that are not finite have no examples."""
+    """The micro-batch as one group, or one per device; those that are not finite have no examples.
+
+    The distance from the `gathered` mean of the trained leaves, which the scatter needs, tells of NaN, inf
+    and exploding entries as well as the length does: one reading of the gradient less. Without `measure`,
+    and on several devices, it is the length.
+    """
     checked = checked_axes(axes)
     same = sorted(checked - varying_axes(trained))
     if same:
@@ -47,8 +55,13 @@ def measure_call(
         )
     loss, size = _float32(value), _count(num_examples)
     wide, beside = widen(trained), widen(frozen)
+    gaps = None
+    if not axes:
+        lengths = lambda _, new: [squared_norm(x) for x in new]  # noqa: E731
+        gaps = jax.lax.cond(measure, squared_gaps, lengths, gathered, wide)
+    length = squared_norm(wide) if gaps is None else sum(gaps, start=jnp.float32(0))
     # The loss too: a label out of range makes it NaN and leaves a gradient that looks like any other.
-    finite = trainable(squared_norm([wide, beside])) & jnp.isfinite(loss)
+    finite = trainable(length + squared_norm(beside)) & jnp.isfinite(loss)
     held = jnp.where(finite, size, 0)
     alone = GradientNoise(
         mean=wide,  # NaN and all: a merge ignores a side without examples
@@ -61,7 +74,7 @@ def measure_call(
     )
     skipped = (~finite & (size > 0)).astype(jnp.int32)
     if not axes:
-        return Call(alone, beside, loss, size, skipped)
+        return Call(alone, beside, loss, size, skipped, gaps)
 
     def total(x: jax.Array) -> jax.Array:
         return jax.lax.psum(to_varying(x, checked), axes)

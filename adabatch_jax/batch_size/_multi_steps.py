@@ -225,6 +225,8 @@ def adaptive_multi_steps(
                 parts.frozen_part(updates),
                 value,
                 size,
+                gathered=parts.trained_part(gathered.mean),
+                measure=measure,
                 coordinate_wise=coordinate_wise,
                 axes=axes,
             )
@@ -232,7 +234,7 @@ def adaptive_multi_steps(
             seen = parts.noise_of_trained(noise)
             call = given_call(seen, parts.frozen_part(updates), value, measure)
         found = call.noise
-        joint = join_noise(parts.noise_of_trained(gathered), found, measure)
+        joint = join_noise(parts.noise_of_trained(gathered), found, measure, call.gaps)
         n_old, n_new = (x.num_examples.astype(jnp.float32) for x in (gathered, found))
         old = (parts.frozen_part(gathered.mean), state.gathered_value)
         frozen, mean_loss = blend(n_old, old, n_new, (call.frozen, call.loss))

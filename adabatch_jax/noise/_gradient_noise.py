@@ -128,11 +128,18 @@ def merge_noise(a: GradientNoise, b: GradientNoise) -> GradientNoise:
     return join_noise(a, b)
 
 
-def join_noise(a: GradientNoise, b: GradientNoise, measure: Any = None) -> GradientNoise:
+def squared_gaps(a: PyTree, b: PyTree) -> PyTree:
+    """‖a − b‖² leaf by leaf."""
+    return jax.tree.map(lambda x, y: squared_norm(x - y), a, b)
+
+
+def join_noise(
+    a: GradientNoise, b: GradientNoise, measure: Any = None, gaps: PyTree | None = None
+) -> GradientNoise:
     """`merge_noise`, unchecked; where the traced `measure` is false, without the cost of the scatter.
 
     The scatter then is that of the two sides, too small, and to be thrown away. A coordinate scatter is
-    merged whether or not.
+    merged whether or not. `gaps`: `squared_gaps` of the means, where the caller has them.
     """
     n_a, n_b = _count(a.num_examples), _count(b.num_examples)
     mean_a, mean_b = widen(a.mean), widen(b.mean)
@@ -145,17 +152,14 @@ def join_noise(a: GradientNoise, b: GradientNoise, measure: Any = None) -> Gradi
         unknown = (left < 0) | (right < 0)  # a side whose scatter was not measured
         return jnp.where(unknown, UNMEASURED, left + right + gap).astype(jnp.float32)
 
-    def gaps(a: PyTree, b: PyTree) -> PyTree:
-        return jax.tree.map(lambda x, y: squared_norm(x - y), a, b)
-
     def zeros(a: PyTree, b: PyTree) -> PyTree:
         zero = jnp.zeros((), jnp.float32)
         return jax.tree.map(lambda x, y: to_varying(zero, varying_axes((x, y))), a, b)
 
-    if measure is None:
-        squared_gaps = gaps(mean_a, mean_b)
-    else:
-        squared_gaps = jax.lax.cond(measure, gaps, zeros, mean_a, mean_b)
+    if gaps is None and measure is None:
+        gaps = squared_gaps(mean_a, mean_b)
+    elif gaps is None:
+        gaps = jax.lax.cond(measure, squared_gaps, zeros, mean_a, mean_b)
     coordinate_scatter = None
     if a.coordinate_scatter is not None and b.coordinate_scatter is not None:
         coordinate_scatter = jax.tree.map(
@@ -165,9 +169,9 @@ def join_noise(a: GradientNoise, b: GradientNoise, measure: Any = None) -> Gradi
             mean_a,
             mean_b,
         )
-    squared_gap = sum(jax.tree.leaves(squared_gaps), start=jnp.zeros((), jnp.float32))
+    squared_gap = sum(jax.tree.leaves(gaps), start=jnp.zeros((), jnp.float32))
     return GradientNoise(
-        mean=cast_like(blend(n_a, mean_a, n_b, mean_b, squared_gaps), a.mean),
+        mean=cast_like(blend(n_a, mean_a, n_b, mean_b, gaps), a.mean),
         scatter=join(a.scatter, b.scatter, squared_gap),
         num_examples=jnp.asarray(a.num_examples) + jnp.asarray(b.num_examples),
         num_groups=jnp.asarray(a.num_groups) + jnp.asarray(b.num_groups),
