@@ -6,12 +6,14 @@ over a squared length of the mean gradient.
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
+from adabatch_jax._axes import to_varying, varying_axes
 from adabatch_jax.batch_size._criterion import Criterion, Evidence
 from adabatch_jax.batch_size._order_statistic import order_statistic
 from adabatch_jax.noise import GradientNoise
@@ -49,7 +51,7 @@ def norm_test(eta: Any) -> Criterion:
         trace = noise.trace
         return Evidence(trace, noise.squared_norm, trace)
 
-    return Criterion("norm_test", evidence, _squared(eta))
+    return Criterion("norm_test", evidence, _squared(eta), needs_debias=_at_least_one(eta))
 
 
 def coordinate_norm_test(eta: Any, *, quantile: float = 0.9, floor: float = 0.1) -> Criterion:
@@ -100,24 +102,35 @@ def coordinate_norm_test(eta: Any, *, quantile: float = 0.9, floor: float = 0.1)
             "coordinate_wise",
         )
         variance = jax.tree.map(noise.variance, scatter)
-        square = jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), noise.mean)
-        return Evidence(variance, square, variance)
+        return Evidence(variance, jax.tree.map(_absolute_square, noise.mean), variance)
 
     def summarize(variance: PyTree, square: PyTree) -> tuple[jax.Array, jax.Array]:
         leaves = jax.tree.leaves(square)
-        size = sum(x.size for x in leaves)
+        size = max(sum(x.size for x in leaves), 1)
         lowest = floor**2 * sum((jnp.sum(x) for x in leaves), start=jnp.float32(0)) / size
 
-        def ratio(v: jax.Array, s: jax.Array) -> jax.Array:
-            s = jnp.maximum(s, lowest)
-            bounded = jnp.where(s > 0, v / jnp.where(s > 0, s, 1.0), jnp.inf)
-            return jnp.where(v <= 0, 0.0, bounded)
+        def decisive(variance: PyTree, square: PyTree, lowest: jax.Array) -> jax.Array:
+            def ratio(v: jax.Array, s: jax.Array) -> jax.Array:
+                s = jnp.maximum(s, lowest)
+                bounded = jnp.where(s > 0, v / jnp.where(s > 0, s, 1.0), jnp.inf)
+                return jnp.where(v <= 0, 0.0, bounded)
 
-        decisive = order_statistic(jax.tree.map(ratio, variance, square), quantile)
-        return decisive, jnp.ones((), jnp.float32)
+            return order_statistic(jax.tree.map(ratio, variance, square), quantile)
+
+        def unknown(variance: PyTree, square: PyTree, lowest: jax.Array) -> jax.Array:
+            return to_varying(lowest - lowest, varying_axes((variance, square)))  # NaN
+
+        # Behind a condition, or XLA's CPU compiler writes the sum over all leaves into every leaf's ratio.
+        found = jax.lax.cond(lowest < jnp.inf, decisive, unknown, variance, square, lowest)
+        return found, jnp.ones((), jnp.float32)
 
     return Criterion(
-        "coordinate_norm_test", evidence, _squared(eta), summarize, coordinate_wise=True
+        "coordinate_norm_test",
+        evidence,
+        _squared(eta),
+        summarize,
+        coordinate_wise=True,
+        needs_debias=_at_least_one(eta),
     )
 
 
@@ -156,7 +169,9 @@ def inner_product_test(theta: Any) -> Criterion:
         along = _variance_along(noise, square, "inner_product_test")
         return Evidence(along, square, noise.trace)
 
-    return Criterion("inner_product_test", evidence, _squared(theta))
+    return Criterion(
+        "inner_product_test", evidence, _squared(theta), needs_debias=_at_least_one(theta)
+    )
 
 
 def augmented_inner_product_test(theta: Any, nu: Any) -> Criterion:
@@ -199,7 +214,13 @@ def augmented_inner_product_test(theta: Any, nu: Any) -> Criterion:
         exchange = _squared(theta) / _squared(nu)  # puts the second test on the scale of the first
         return jnp.maximum(along, across * exchange), square
 
-    return Criterion("augmented_inner_product_test", evidence, _squared(theta), summarize)
+    return Criterion(
+        "augmented_inner_product_test",
+        evidence,
+        _squared(theta),
+        summarize,
+        needs_debias=_at_least_one(theta, nu),
+    )
 
 
 def gradient_noise_scale(multiple: Any = 1.0) -> Criterion:
@@ -240,6 +261,17 @@ def gradient_noise_scale(multiple: Any = 1.0) -> Criterion:
 
 def _squared(x: Any) -> Any:
     return x * x
+
+
+def _at_least_one(*thresholds: Any) -> bool:
+    """Whether all are known to be: no test then asks for more than the present batch, on average."""
+    return all(isinstance(x, numbers.Real) and float(x) >= 1 for x in thresholds)
+
+
+def _absolute_square(g: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(g):
+        return (jnp.square(g.real) + jnp.square(g.imag)).astype(jnp.float32)
+    return jnp.square(g.astype(jnp.float32))
 
 
 def _needed(field: Any, criterion: str, name: str, option: str) -> Any:

@@ -57,6 +57,9 @@ class Criterion:
       reads: what `evidence` takes by keyword besides the noise: "examples_seen" (float32, all examples
         used so far), or an extra argument of `update` such as "value", the mean loss.
       uses_noise: False: the noise does not matter, need not be measured, and cannot spoil the decision.
+      needs_debias: on average numerator ≤ scale · denominator · num_examples as long as the denominator
+        is biased, so that an average of it never asks for growth. True of the tests whose threshold is
+        at least 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,12 +79,13 @@ class Criterion:
     coordinate_wise: bool = False
     reads: tuple[str, ...] = ()
     uses_noise: bool = True
+    needs_debias: bool = False
 
     def required(self, numerator: jax.Array, denominator: jax.Array) -> jax.Array:
         """The required batch size: 0 without variance, +inf with variance but nothing to compare it to."""
         bound = jnp.asarray(self.scale, jnp.float32) * denominator
         ratio = numerator / jnp.where(bound > 0, bound, 1.0)
-        unbounded = jnp.where(jnp.isnan(bound), jnp.nan, jnp.inf)
+        unbounded = jnp.where(jnp.isnan(bound), bound, jnp.inf)
         return jnp.where(numerator <= 0, 0.0, jnp.where(bound > 0, ratio, unbounded))
 
     def __call__(self, noise: GradientNoise, **read: Any) -> jax.Array:
@@ -98,16 +102,22 @@ def corrected(
     debias: bool = False,
     population: Any = 1.0,
 ) -> tuple[PyTree, PyTree]:
-    """Numerator and denominator after the optional corrections.
+    """Numerator and denominator, in float32; `debias` takes the bias `excess / b` off the denominator.
 
-    `population` is the finite-population factor (n − b)/(n − 1) on every variance; `debias` takes
-    the bias `excess / b` off the denominator.
+    `population` is the factor (n − b)/n on the variance of a mean of b out of n examples.
     """
-    numerator = jax.tree.map(lambda x: population * x, evidence.numerator)
-    if not (debias or criterion.debias):
-        return numerator, evidence.denominator
-    examples = jnp.maximum(jnp.asarray(noise.num_examples).astype(jnp.float32), 1.0)
-    denominator = jax.tree.map(
-        lambda d, e: d - population * e / examples, evidence.denominator, evidence.excess
+    numerator, denominator, excess = jax.tree.map(
+        lambda x: jnp.asarray(x).astype(jnp.float32), tuple(evidence)
     )
+    if debias or criterion.debias:
+        examples = jnp.maximum(jnp.asarray(noise.num_examples).astype(jnp.float32), 1.0)
+        denominator = jax.tree.map(lambda d, e: d - population * e / examples, denominator, excess)
     return numerator, denominator
+
+
+def of_population(required: jax.Array, num_examples: int) -> jax.Array:
+    """The batch out of n examples whose mean is as noisy as that of T out of infinitely many.
+
+    tr Σ / b · (n − b)/n = tr Σ / T, so 1/b = 1/T + 1/n. Where no T is large enough it stays infinite.
+    """
+    return jnp.where(jnp.isinf(required), required, required / (1.0 + required / num_examples))

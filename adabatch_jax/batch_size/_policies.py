@@ -24,7 +24,9 @@ def cabs(
     of the step, so give a rate that is, or take a criterion without one.
 
     `update` must be given `value=`, the mean loss L. The source averages tr Σ and L and lets the batch
-    shrink: `adapt_batch_size(cabs(0.1), ..., smoothing=0.95, monotone=False)`.
+    shrink: `adapt_batch_size(cabs(0.1), ..., smoothing=0.95, monotone=False)`. A rate that warms up from 0
+    asks for no examples at first: the batch then falls to `min_batch_size`, or to two groups, and rises
+    with the rate.
 
     Args:
       learning_rate: α > 0, or a schedule over **examples processed**, as the optimizer has it.

@@ -26,7 +26,7 @@ class BatchSizeStatus(enum.IntEnum):
     CHANGED = 2  # tested: the batch size moved
     HELD = 3  # `hold_batch_size=True`
     AT_MAXIMUM = 4  # monotone and as large as it may get: the test is switched off
-    TOO_FEW_GROUPS = 5  # fewer than two groups: no variance
+    TOO_FEW_GROUPS = 5  # fewer than two groups: no variance; a batch that may shrink grows to two
     NOT_FINITE = 6  # NaN or inf in the gradient or its noise
     ZERO_GRADIENT = 7  # nothing to compare the variance with
 
@@ -36,17 +36,20 @@ class AdaptBatchSizeState(NamedTuple):
 
     next_batch_size: jax.Array  # int32: examples of the next optimizer step
     largest_batch_size: jax.Array  # int32: max_batch_size
+    last_batch_size: jax.Array  # int32: examples of the last step; before it, of the first
     examples_clock: jax.Array  # uint32 [2]: examples used so far
-    updates_seen: jax.Array  # int32
+    updates_seen: jax.Array  # int32: saturates
+    updates_until_test: jax.Array  # int32: 0 where the next update is due for a test
     evidence_ema: PyTree  # (numerator, denominator), not yet corrected for its start
     evidence_weight: jax.Array  # float32: 1 − decay^tests
     display_ema: jax.Array  # float32 [2]: tr Σ and the de-biased ‖∇F‖², for the noise scale
     test_numerator: jax.Array  # float32: what the last test compared …
     test_denominator: jax.Array  # float32: … with what
-    test_degrees_of_freedom: jax.Array  # int32: groups − 1
+    test_degrees_of_freedom: jax.Array  # int32: groups − 1; 0 where no noise was looked at
     required_batch_size: jax.Array  # float32: what the last test asked for
     test_status: jax.Array  # int32: BatchSizeStatus
-    skipped_tests: jax.Array  # int32: tests without usable evidence
+    skipped_tests: jax.Array  # int32: tests without usable evidence; saturates
+    two_group_examples: jax.Array  # int32: below it a batch was one group; 0: none was
     test_due: jax.Array  # bool: the next update looks at the noise, unless it is held
 
     def report_metrics(self) -> dict[str, Any]:
@@ -57,14 +60,16 @@ class AdaptBatchSizeState(NamedTuple):
         )
         seen = (trace > 0) | (square > 0)
         scale = jnp.where(square > 0, trace / jnp.where(square > 0, square, 1.0), jnp.inf)
+        # Zeros, not NaN, where nothing was measured: jax_debug_nans would stop a healthy run.
         return {
-            "batch_size": self.next_batch_size,
+            "batch_size": self.last_batch_size,
+            "next_batch_size": self.next_batch_size,
             "num_examples": as_int(self.examples_clock),
-            "noise_scale": jnp.where(seen, scale, jnp.nan),
-            "noise_numerator": jnp.where(tested, self.test_numerator, jnp.nan),
-            "noise_denominator": jnp.where(tested, self.test_denominator, jnp.nan),
-            "degrees_of_freedom": self.test_degrees_of_freedom,
-            "required_batch_size": jnp.where(tested, self.required_batch_size, jnp.nan),
+            "noise_scale": jnp.where(seen, scale, 0.0),
+            "noise_numerator": jnp.where(tested, self.test_numerator, 0.0),
+            "noise_denominator": jnp.where(tested, self.test_denominator, 0.0),
+            "degrees_of_freedom": jnp.where(tested, self.test_degrees_of_freedom, 0),
+            "required_batch_size": jnp.where(tested, self.required_batch_size, 0.0),
             "test_status": self.test_status,
             "skipped_tests": self.skipped_tests,
         }

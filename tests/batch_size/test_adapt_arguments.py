@@ -2,9 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
-from adabatch_jax import adapt_batch_size, coordinate_norm_test, inner_product_test, norm_test
+from adabatch_jax import (
+    GradientNoise,
+    adapt_batch_size,
+    augmented_inner_product_test,
+    cabs,
+    coordinate_norm_test,
+    gradient_noise_scale,
+    inner_product_test,
+    norm_test,
+)
 
 SIZES = {"initial_batch_size": 64, "max_batch_size": 8192}
 
@@ -79,7 +89,7 @@ def test_a_missing_noise_says_how_to_pass_it():
 
 @pytest.mark.parametrize(
     ("criterion", "option"),
-    [(coordinate_norm_test(1.0), "coordinate_wise"), (inner_product_test(1.0), "inner_products")],
+    [(coordinate_norm_test(0.5), "coordinate_wise"), (inner_product_test(0.5), "inner_products")],
     ids=["coordinate_norm_test", "inner_product_test"],
 )
 @pytest.mark.parametrize("smoothing", [None, 0.9])
@@ -88,3 +98,101 @@ def test_a_missing_field_is_an_error_at_trace_time(make_noise, criterion, option
     state, noise = link.init(jnp.zeros(2)), make_noise()
     with pytest.raises(ValueError, match=f"{criterion.name} needs .*{option}=True"):
         jax.eval_shape(lambda: link.update(noise.mean, state, noise=noise))
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        norm_test(1),
+        norm_test(1.5),
+        coordinate_norm_test(2.0),
+        inner_product_test(1.0),
+        augmented_inner_product_test(1.0, 5.84),
+    ],
+    ids=lambda criterion: criterion.name,
+)
+def test_an_average_of_the_biased_denominator_that_never_grows_is_refused(criterion):
+    with pytest.raises(ValueError, match=rf"smoothing=0.9 .*{criterion.name} never.*debias=True"):
+        adapt_batch_size(criterion, smoothing=0.9, **SIZES)
+    adapt_batch_size(criterion, smoothing=0.9, debias=True, **SIZES)
+    adapt_batch_size(criterion, smoothing=0.0, **SIZES)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        norm_test(0.9),
+        coordinate_norm_test(0.9),
+        augmented_inner_product_test(0.9, 5.84),
+        augmented_inner_product_test(2.0, 0.9),
+        gradient_noise_scale(0.1),
+        cabs(0.1),
+        lambda noise: 64.0,
+    ],
+)
+def test_an_average_that_can_grow_is_taken(criterion):
+    adapt_batch_size(criterion, smoothing=0.9, **SIZES)
+
+
+def test_a_traced_threshold_is_let_through():
+    def smallest(eta):
+        link = adapt_batch_size(norm_test(eta), smoothing=0.9, **SIZES)
+        return link.init(jnp.zeros(2)).next_batch_size
+
+    assert int(jax.jit(smallest)(1.0)) == 64
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (jnp.ones(1), r"shape \(1,\)"),
+        (jnp.ones((2, 3)), r"shape \(2, 3\)"),
+        ((1.0, {"a": 1}), "a tuple"),
+    ],
+)
+def test_a_value_that_is_no_scalar_is_named(make_noise, value, got):
+    link, noise = adapt_batch_size(cabs(0.1), **SIZES), make_noise()
+    state = link.init(noise.mean)
+    with pytest.raises(ValueError, match=f"value= must be a scalar, the mean over.*got {got}"):
+        link.update(noise.mean, state, noise=noise, value=value)
+
+
+def test_a_criterion_must_give_a_scalar(make_noise):
+    noise = make_noise()
+    link = adapt_batch_size(lambda n: jnp.ones(3), **SIZES)
+    with pytest.raises(ValueError, match=r"must give a scalar, got shape \(3,\)"):
+        link.update(noise.mean, link.init(noise.mean), noise=noise)
+
+
+@pytest.mark.parametrize("wrong", ["keys", "shapes"])
+def test_noise_of_other_parameters_is_a_sentence(wrong):
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    other = (
+        {"a": jnp.ones(2), "c": jnp.ones(3)} if wrong == "keys" else {**params, "b": jnp.ones(4)}
+    )
+    noise = GradientNoise(other, jnp.float32(1), jnp.int32(64), jnp.int32(8), other)
+    link = optax.masked(
+        adapt_batch_size(norm_test(0.5), **SIZES), {"a": True, "b": wrong == "shapes"}
+    )
+    link = link if wrong == "keys" else adapt_batch_size(coordinate_norm_test(0.5), **SIZES)
+    with pytest.raises(ValueError, match="noise= is of another structure than the updates"):
+        link.update(params, link.init(params), params, noise=noise)
+
+
+@pytest.mark.parametrize(
+    ("multiple", "message"),
+    [(48, r"no multiple of 96 .*multiple_of=32\) fits below max_batch_size=64"),
+     (0, "batch_size_multiple must be a positive integer, got 0"),
+     (2.5, "batch_size_multiple must be a positive integer, got 2.5")],
+)  # fmt: skip
+def test_calls_larger_than_the_largest_batch_are_refused(make_noise, multiple, message):
+    noise = make_noise()
+    link = adapt_batch_size(norm_test(0.5), **SIZES | {"max_batch_size": 64}, multiple_of=32)
+    with pytest.raises(ValueError, match=message):
+        link.update(noise.mean, link.init(noise.mean), noise=noise, batch_size_multiple=multiple)
+
+
+def test_a_traced_batch_size_multiple_is_named(make_noise):
+    noise, link = make_noise(), adapt_batch_size(norm_test(0.5), **SIZES)
+    with pytest.raises(ValueError, match="batch_size_multiple must be a Python int"):
+        jax.jit(link.update)(noise.mean, link.init(noise.mean), noise=noise, batch_size_multiple=8)

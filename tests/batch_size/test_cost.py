@@ -126,3 +126,35 @@ def test_random_signs_cost_one_pass_backwards_more():
     fn = adabatch.value_and_grad_signs(losses_fn, num_signs=1)
     signs = flops(fn, params(), x[None], jax.random.key(0))
     assert 1.5 * plain <= signs <= 1.75 * plain
+
+
+@pytest.mark.parametrize(
+    ("criterion", "options"),
+    [
+        (adabatch.norm_test(0.5), {}),
+        (adabatch.coordinate_norm_test(0.5), {"smoothing": 0.9}),
+    ],
+    ids=["norm", "coordinate"],
+)
+def test_the_program_of_the_controller_is_linear_in_the_number_of_parameter_arrays(
+    criterion, options
+):
+    """A number that hangs on every array must not be computed anew for every array."""
+    link = adabatch.adapt_batch_size(
+        criterion, initial_batch_size=64, max_batch_size=4096, **options
+    )
+
+    def additions(arrays):
+        tree = [jnp.ones((4, 3)) for _ in range(arrays)]
+
+        def update(gradient, scatter, state):
+            noise = adabatch.GradientNoise(
+                gradient, jnp.float32(1), jnp.int32(64), jnp.int32(8), scatter
+            )
+            return link.update(gradient, state, noise=noise)[1]
+
+        text = jax.jit(update).lower(tree, tree, link.init(tree)).compile().as_text()
+        return text.count(" add(")
+
+    few, many = additions(5), additions(20)
+    assert many <= 4 * few

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from adabatch_jax import (
     GradientNoise,
     augmented_inner_product_test,
+    cabs,
     coordinate_norm_test,
     gradient_noise_scale,
     inner_product_test,
@@ -248,3 +249,38 @@ def test_a_threshold_of_another_kind_is_refused_like_a_bad_number(value):
 def test_quantile_and_floor_must_lie_in_range(options, argument):
     with pytest.raises(ValueError, match=f"coordinate_norm_test: {argument} must"):
         coordinate_norm_test(1.0, **options)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        norm_test(0.5),
+        coordinate_norm_test(0.5, quantile=1.0),
+        inner_product_test(0.5),
+        augmented_inner_product_test(0.5, 0.5),
+        gradient_noise_scale(),
+        cabs(0.25),
+    ],
+    ids=lambda criterion: criterion.name,
+)
+def test_whatever_the_dtype_of_the_gradient_the_numbers_are_float32(criterion, dtype):
+    noise = GradientNoise(
+        jnp.array([5.0], dtype), jnp.float32(700), jnp.int32(64), jnp.int32(8),
+        jnp.array([700.0]), jnp.float32(25 * 700),
+    )  # fmt: skip
+    real = noise._replace(mean=jnp.array([5.0], jnp.float32))
+    read = {name: jnp.float16(2.0) for name in criterion.reads}
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(criterion.evidence(noise, **read)))
+    required = criterion(noise, **read)
+    assert required.dtype == jnp.float32
+    assert float(required) == float(criterion(real, **read))
+
+
+def test_the_square_of_a_complex_coordinate_is_that_of_its_two_parts():
+    noise = GradientNoise(
+        jnp.array([3 + 4j, 5 + 0j]), jnp.float32(1050), jnp.int32(64), jnp.int32(8),
+        jnp.array([700.0, 350.0]),
+    )  # fmt: skip
+    required = float(coordinate_norm_test(0.5, quantile=1.0)(noise))
+    np.testing.assert_allclose(required, 16, rtol=1e-6)  # 100 / (0.25 · 25)

@@ -34,12 +34,12 @@ def test_the_debiased_denominator_is_unbiased_and_the_plain_one_is_not():
     np.testing.assert_allclose(errors[2], 3 * deviation**2 / examples, rtol=0.05)  # tr Σ / b
 
 
-def test_the_population_factor_multiplies_every_variance(make_noise):
+def test_the_population_factor_is_of_the_bias_alone(make_noise):
     noise = make_noise(trace=128, square=4, num_examples=64)
     criterion = norm_test(1.0)
     evidence = criterion.evidence(noise)
-    assert corrected(criterion, evidence, noise, population=0.5) == (64.0, 4.0)
-    assert corrected(criterion, evidence, noise, population=0.5, debias=True) == (64.0, 3.0)
+    assert corrected(criterion, evidence, noise, population=0.5) == (128.0, 4.0)
+    assert corrected(criterion, evidence, noise, population=0.5, debias=True) == (128.0, 3.0)
 
 
 def test_a_criterion_of_ones_own(make_noise):
