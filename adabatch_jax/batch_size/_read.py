@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from adabatch_jax.batch_size._state import AdaptBatchSizeState
 
@@ -18,10 +20,11 @@ PyTree = Any
 
 
 def _states(opt_state: PyTree) -> Iterator[Any]:
-    """Every state that reports metrics, and those of inject_hyperparams, outermost first."""
+    """Every state that reports metrics, and those of two wrappers of Optax's, outermost first."""
 
     def is_ours(x: Any) -> bool:
-        return hasattr(type(x), "report_metrics") or hasattr(x, "hyperparams")
+        known = hasattr(type(x), "report_metrics") or hasattr(x, "hyperparams")
+        return known or isinstance(x, optax.ApplyIfFiniteState)
 
     for node in jax.tree.leaves(opt_state, is_leaf=is_ours):
         if is_ours(node):
@@ -29,32 +32,72 @@ def _states(opt_state: PyTree) -> Iterator[Any]:
             yield from _states(tuple(node))
 
 
-def _plain(state: Any) -> Any:
-    """The state with scalar fields freed from wrappers and from a leading device axis.
+def _read(state: Any, reader: str, *names: str) -> dict[str, Any]:
+    """Scalar fields (all of them, unless named), freed from wrappers and from leading axes.
 
-    The first field of every state of ours is a scalar, so its rank tells of a device axis.
+    The first field of every state that is read is a scalar, so its rank tells of axes that stand before:
+    that of devices, whose copies are alike, or that of an ensemble, where no single number is right.
+
+    Raises:
+      ValueError: the copies differ, or are traced, so that it cannot be seen.
     """
     stacked = jnp.ndim(jax.tree.leaves(state[0])[0])
-    fields = {
-        name: jax.tree.leaves(field) for name, field in zip(state._fields, state, strict=True)
-    }
-    return state._replace(
-        **{k: leaves[0][(0,) * stacked] for k, leaves in fields.items() if len(leaves) == 1}
-    )
+    found = {}
+    for name in names or state._fields:
+        leaves = jax.tree.leaves(getattr(state, name))
+        if len(leaves) == 1:
+            found[name] = _first(leaves[0], stacked, f"{reader} of {name}", reader)
+    return found
+
+
+def _first(leaf: Any, stacked: int, what: str, reader: str) -> Any:
+    if not stacked:
+        return leaf
+    remedy = f"read every member with jax.vmap({reader})(opt_state)"
+    if isinstance(leaf, jax.core.Tracer):
+        raise ValueError(
+            f"{reader}: the optimizer state is stacked along {stacked} leading axis, and while tracing it "
+            f"cannot be seen whether its members are alike: {remedy}, or take one of them first"
+        )
+    if jnp.ndim(leaf) <= stacked + 1 and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        parts = [leaf] if not isinstance(leaf, jax.Array) else leaf.addressable_shards
+        parts = [jax.device_get(getattr(part, "data", part)) for part in parts]
+        rows = np.concatenate([x.reshape(-1, *x.shape[stacked:]) for x in map(np.asarray, parts)])
+        rows = rows.astype(np.float64) if rows.dtype.kind not in "biu" else rows
+        exact = rows.dtype.kind in "biu"
+        alike = np.equal if exact else lambda a, b: np.isclose(a, b, 1e-3, 0.0, equal_nan=True)
+        if not np.all(alike(rows, rows[:1])):
+            raise ValueError(
+                f"{what}: the optimizer state is stacked, and its members differ, so that there is no "
+                f"single number: {remedy}"
+            )
+    return leaf[(0,) * stacked]
+
+
+def _plain(state: Any, reader: str) -> Any:
+    return state._replace(**_read(state, reader))
 
 
 def _controllers(opt_state: PyTree) -> list[AdaptBatchSizeState]:
     return [s for s in _states(opt_state) if isinstance(s, AdaptBatchSizeState)]
 
 
-def controller_state(opt_state: PyTree) -> AdaptBatchSizeState:
+def controller_state(opt_state: PyTree, reader: str = "get_batch_size") -> AdaptBatchSizeState:
     """The one batch-size controller in `opt_state`.
 
     Raises:
-      ValueError: there is none, or more than one.
+      ValueError: there is none, or more than one, or a stack of different ones.
     """
     found = _controllers(opt_state)
     if not found:
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(opt_state)]
+        keys = {getattr(key, "key", None) for path in paths for key in path}
+        if AdaptBatchSizeState._fields[0] in keys:
+            raise ValueError(
+                "this optimizer state was restored without its types, as dicts and lists: restore it "
+                "into optimizer.init(params) as the target, such as "
+                "orbax.checkpoint.args.StandardRestore(target) or flax.serialization.from_bytes(target, …)"
+            )
         raise ValueError(
             "no batch-size controller in this optimizer state: add adapt_batch_size to the chain"
         )
@@ -63,7 +106,22 @@ def controller_state(opt_state: PyTree) -> AdaptBatchSizeState:
             f"{len(found)} batch-size controllers in this optimizer state, and a step has one batch "
             "size: keep a single adapt_batch_size, outside optax.partition"
         )
-    return _plain(found[0])
+    return _plain(found[0], reader)
+
+
+def was_skipped(opt_state: PyTree, reader: str = "metrics") -> jax.Array:
+    """Whether the last `update` left its gradient out: bool scalar, False where nothing can."""
+    skipped, ran = jnp.zeros((), bool), jnp.ones((), bool)
+    for state in _states(opt_state):
+        if isinstance(state, optax.ApplyIfFiniteState):
+            finite = _read(state, reader, "last_finite")["last_finite"]
+            skipped |= ran & ~finite
+        elif hasattr(state, "skipped_call"):
+            # What stands inside was not called in a call that only gathers.
+            told = _read(state, reader, "emitted", "skipped_call")
+            skipped |= ran & told["skipped_call"]
+            ran &= told["emitted"]
+    return skipped
 
 
 def get_batch_size(opt_state: PyTree) -> jax.Array:
@@ -76,7 +134,9 @@ def get_batch_size(opt_state: PyTree) -> jax.Array:
       int32 scalar.
 
     Raises:
-      ValueError: no controller in the state, or more than one.
+      ValueError: no controller in the state, or more than one; the state is stacked (an ensemble under
+        `vmap`) and its members differ, or are traced: `jax.vmap(get_batch_size)(opt_state)` then gives
+        one number a member. A state stacked over devices by `pmap` reads like one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -85,7 +145,7 @@ def get_batch_size(opt_state: PyTree) -> jax.Array:
       >>> int(get_batch_size(link.init(jnp.zeros(3))))
       32
     """
-    return controller_state(opt_state).next_batch_size
+    return controller_state(opt_state, "get_batch_size").next_batch_size
 
 
 def has_updated(opt_state: PyTree) -> jax.Array:
@@ -99,7 +159,7 @@ def has_updated(opt_state: PyTree) -> jax.Array:
       bool scalar; False before the first update.
 
     Raises:
-      ValueError: no controller in the state, or more than one.
+      ValueError: as `get_batch_size`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -110,8 +170,8 @@ def has_updated(opt_state: PyTree) -> jax.Array:
     """
     for state in _states(opt_state):
         if hasattr(state, "emitted"):
-            return _plain(state).emitted
-    return controller_state(opt_state).updates_seen > 0
+            return _read(state, "has_updated", "emitted")["emitted"]
+    return controller_state(opt_state, "has_updated").updates_seen > 0
 
 
 def needs_noise(opt_state: PyTree) -> jax.Array:
@@ -128,7 +188,7 @@ def needs_noise(opt_state: PyTree) -> jax.Array:
       bool scalar.
 
     Raises:
-      ValueError: no controller in the state, or more than one.
+      ValueError: as `get_batch_size`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -137,19 +197,32 @@ def needs_noise(opt_state: PyTree) -> jax.Array:
       >>> bool(needs_noise(link.init(jnp.zeros(3))))  # it cannot grow
       False
     """
-    return controller_state(opt_state).test_due
+    return controller_state(opt_state, "needs_noise").test_due
 
 
 def metrics(opt_state: PyTree) -> dict[str, Any]:
     """What the controller and the other links of this library last did, as a dict of scalars.
 
-    The keys depend on the links alone, never on the numbers. `batch_size` (of the next step),
-    `num_examples` (used so far: a Python int on the host, float32 inside jit), `noise_scale` (tr Σ /
-    ‖∇F‖², averaged over some ten tests, for display), `noise_numerator`, `noise_denominator` and
-    `required_batch_size` (of the last update's test; NaN if it made none), `degrees_of_freedom`,
-    `test_status` (`BatchSizeStatus`), `skipped_tests`, and `learning_rate`: the product of what
-    `inject_hyperparams`, `scale_by_example_schedule` and `scale_by_batch_size` last applied, NaN if
-    there is none of these. Links add keys of their own; for those of AutoWU see `scale_by_autowu`.
+    The keys depend on the links alone, never on the numbers. No number is NaN in a healthy run: what was
+    not measured is 0.
+
+    `batch_size` (examples that the last optimizer step used; before there was one, those that the first
+    will use), `next_batch_size` (as `get_batch_size`), `num_examples` (used by all steps so far: a Python
+    int on the host, float32 inside jit), `noise_scale` (tr Σ / ‖∇F‖², averaged over some ten tests, for
+    display; 0 before the first test, +inf where no signal shows), `test_status` (`BatchSizeStatus`),
+    `skipped_tests`, and of the last update's test `noise_numerator`, `noise_denominator`,
+    `required_batch_size` (+inf where no size is large enough) and `degrees_of_freedom`: all four are 0
+    if it made none, or had no usable evidence, and the last is 0 just then.
+
+    `skipped`: the last call left its gradient out, as `adaptive_multi_steps` and `optax.apply_if_finite`
+    do with one that is not finite; False where nothing can. (`apply_if_finite` gives up after its
+    `max_consecutive_errors`, and takes a gradient that it calls not finite.) The examples of a skipped
+    call taught nothing: `num_examples`, and with it every schedule over examples, stands still.
+
+    `learning_rate`: the product of what `inject_hyperparams`, `scale_by_example_schedule`, AutoWU and
+    `scale_by_batch_size` last applied. It is absent where only the scale of the last is known, which
+    is then `learning_rate_scale`, or none of these. Links add keys of their own; for those of AutoWU see
+    `scale_by_autowu`.
 
     Args:
       opt_state: state of an optimizer with one `adapt_batch_size` in it; inside jit or on the host.
@@ -159,7 +232,8 @@ def metrics(opt_state: PyTree) -> dict[str, Any]:
       dict from name to scalar.
 
     Raises:
-      ValueError: no link of ours in the state, or more than one controller.
+      ValueError: no link of ours in the state, or more than one controller; stacked states as in
+        `get_batch_size`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -170,21 +244,29 @@ def metrics(opt_state: PyTree) -> dict[str, Any]:
     """
     ours = any(hasattr(type(s), "report_metrics") for s in _states(opt_state))
     without = ours and not _controllers(opt_state)
-    shown = {} if without else controller_state(opt_state).report_metrics()
-    factors = []
+    shown = {} if without else controller_state(opt_state, "metrics").report_metrics()
+    rates, scales = [], []
     for state in _states(opt_state):
-        if isinstance(state, AdaptBatchSizeState):
+        if isinstance(state, AdaptBatchSizeState | optax.ApplyIfFiniteState):
             continue
         if hasattr(state, "hyperparams"):
-            report = {k: _scalar(v) for k, v in state.hyperparams.items() if k == "learning_rate"}
+            report = _injected_rate(state)
         else:
-            report = dict(_plain(state).report_metrics())
-        factors += [report.pop(k) for k in ("learning_rate", "learning_rate_scale") if k in report]
+            report = dict(_plain(state, "metrics").report_metrics())
+        rates += [report.pop(k) for k in ("learning_rate",) if k in report]
+        scales += [report.pop(k) for k in ("learning_rate_scale",) if k in report]
         shown.update(report)
-    rate = jnp.prod(jnp.stack(factors)) if factors else jnp.float32(jnp.nan)
-    return {**shown, "learning_rate": rate}
+    shown["skipped"] = was_skipped(opt_state)
+    if rates or scales:
+        name = "learning_rate" if rates else "learning_rate_scale"
+        shown[name] = jnp.prod(jnp.stack([jnp.asarray(x, jnp.float32) for x in rates + scales]))
+    return shown
 
 
-def _scalar(x: Any) -> jax.Array:
-    leaf = jax.tree.leaves(x)[0]
-    return leaf[(0,) * jnp.ndim(leaf)].astype(jnp.float32)
+def _injected_rate(state: Any) -> dict[str, Any]:
+    """The learning rate of `inject_hyperparams`, where it is one number."""
+    stacked = jnp.ndim(jax.tree.leaves(state[0])[0])
+    leaves = jax.tree.leaves(state.hyperparams.get("learning_rate"))
+    if len(leaves) != 1 or jnp.ndim(leaves[0]) != stacked:
+        return {}
+    return {"learning_rate": _first(leaves[0], stacked, "metrics of learning_rate", "metrics")}
