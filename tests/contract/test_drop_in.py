@@ -227,5 +227,5 @@ def test_linen_with_a_step_by_hand():
     for batch in zip(x, y, strict=True):
         params, opt_state = step(params, opt_state, *batch)
     shown = adabatch.metrics(opt_state)
-    assert int(shown["batch_size"]) > 8
+    assert int(shown["next_batch_size"]) > 8
     assert shown["num_examples"] + MICRO * int(shown["micro_batches"]) == 60 * MICRO

@@ -81,7 +81,7 @@ def test_the_factor_is_the_rule_at_the_measured_transition(
         assert updates[0] == pytest.approx(float(rule(float(size), 32.0)), rel=1e-3)
     shown = adabatch.metrics(state)
     assert float(shown["transition_batch_size"]) == pytest.approx(float(transition), rel=1e-3)
-    assert float(shown["learning_rate"]) == float(updates[0])
+    assert float(shown["learning_rate_scale"]) == float(updates[0])
     assert float(shown["hessian_noise"]) == pytest.approx(by_numpy[1], rel=1e-3)
 
 

@@ -161,6 +161,6 @@ def test_in_the_drop_in_an_overflow_is_skipped_and_counted():
     assert shown["skipped_micro_batches"] == (~finite).sum() and shown["skipped_tests"] == 0
     first = np.flatnonzero(emitted)[0]
     assert finite[: first + 1].sum() == GROUPS, "the batch took one more for each that was skipped"
-    assert shown["num_examples"] == 32 and shown["batch_size"] > 32
+    assert shown["num_examples"] == 32 and shown["next_batch_size"] > 32
     for leaf in jax.tree.leaves((carry[0], carry[1].inner_opt_state)):
         assert np.isfinite(leaf).all()

@@ -132,5 +132,5 @@ def test_noise_that_was_not_measured_although_needed_is_a_counted_skip(params, g
     shown = adabatch.metrics(state)
     assert int(shown["test_status"]) == adabatch.BatchSizeStatus.NOT_FINITE
     assert int(shown["skipped_tests"]) == 1
-    assert int(shown["batch_size"]) == 8
+    assert int(shown["next_batch_size"]) == 8
     assert float(jnp.sum(jnp.abs(updates["w"]))) > 0

@@ -67,9 +67,9 @@ def test_the_batch_is_held_while_the_rate_is_sought_and_grows_after(run):
     columns, _ = run
     rising = columns["warmup_end"] == WarmupEnd.RUNNING
     assert 10 < rising.sum() <= 0.2 * TOTAL / FIRST
-    assert (columns["batch_size"][rising] == FIRST).all()
+    assert (columns["next_batch_size"][rising] == FIRST).all()
     assert (columns["test_status"][rising] == adabatch.BatchSizeStatus.HELD).all()
-    assert columns["batch_size"][-1] >= 4 * FIRST
+    assert columns["next_batch_size"][-1] >= 4 * FIRST
 
 
 def test_the_rate_is_autowu_s_times_that_of_the_batch(run):
@@ -109,7 +109,7 @@ def test_the_drop_in_finds_about_the_same(run):
     columns, fused = run
     shown = adabatch.metrics(state)
     assert abs(int(updated.sum()) - len(columns["loss"])) <= 2
-    assert shown["batch_size"] == columns["batch_size"][-1]
+    assert shown["next_batch_size"] == columns["next_batch_size"][-1]
     np.testing.assert_allclose(
         shown["peak_learning_rate"], columns["peak_learning_rate"][-1], rtol=0.02
     )

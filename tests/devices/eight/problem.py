@@ -211,7 +211,7 @@ class Run(NamedTuple):
 
     def add(self, params: Any, state: Any) -> None:
         shown = adabatch.metrics(jax.device_get(state))
-        self.sizes.append(int(shown["batch_size"]))
+        self.sizes.append(int(shown["next_batch_size"]))
         self.required.append(float(shown["required_batch_size"]))
         self.params.append(jax.device_get(params))
 

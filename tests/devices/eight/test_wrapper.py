@@ -73,7 +73,7 @@ REDUCTIONS = {
 def test_an_averaged_gradient_holds_the_batch_and_is_counted(kind, name):
     _, state = run(kind, step_with(REDUCTIONS[name]), groups_of(0))
     shown = adabatch.metrics(jax.device_get(state))
-    assert shown["batch_size"] == 128
+    assert shown["batch_size"] == shown["next_batch_size"] == 128
     assert shown["averaged_gradients"] == CALLS // 2
     assert shown["test_status"] == adabatch.BatchSizeStatus.HELD
     assert shown["num_examples"] == CALLS * 64
@@ -85,7 +85,7 @@ def test_the_devices_own_gradients_let_it_grow(kind):
     step = step_with(lambda g: g, cast=kind == "shard_map checked")
     _, state = run(kind, step, groups_of(0), calls=2)
     shown = adabatch.metrics(jax.device_get(state))
-    assert shown["batch_size"] > 1024
+    assert shown["next_batch_size"] > 1024
     assert shown["averaged_gradients"] == 0
 
 
