@@ -14,6 +14,7 @@ from adabatch_jax import _validate
 from adabatch_jax.batch_size._arguments import (
     as_criterion,
     let_through,
+    only_trained,
     read_arguments,
     zero_evidence,
 )
@@ -72,13 +73,19 @@ def adapt_batch_size(
     `coordinate_scatter`. Without that, and for inner products, the test judges the whole gradient; masked
     parameters count in it unless their gradient is zero, as where the noise was measured without them.
 
-    `update` reads `noise=` (a `GradientNoise`, measured before any clipping) and `hold_batch_size=`
-    (bool, may be traced: skip the test), `emit=` and `batch_size_multiple=` (Python int: the examples that
-    one call of all devices adds; sizes are multiples of it as of `multiple_of`, and the largest stays
-    below `max_batch_size`) from `adaptive_multi_steps`, and what the criterion reads, such as `value=` for
-    `cabs`; other extra arguments are ignored. Every update advances the clock by `noise.num_examples`,
-    whatever becomes of the test: it counts what optimizer steps used. A wrapper that drops an update, state
-    and all, drops its examples, too.
+    `update` reads, all by keyword; other extra arguments are ignored:
+
+    * `noise=`: a `GradientNoise`, measured before any clipping.
+    * `hold_batch_size=`: bool, may be traced: skip the test.
+    * what the criterion reads, such as `value=` for `cabs`.
+    * `trained=`: bools like the parameters (see `trained_parameters`): coordinates of the others are no
+      part of a coordinate-wise test.
+    * `emit=` and `batch_size_multiple=`, which `adaptive_multi_steps` passes. The latter is a Python
+      int, the examples that one call of all devices adds: sizes are multiples of it, too, and the
+      largest stays below `max_batch_size`.
+
+    Every update advances the clock by `noise.num_examples`, whatever becomes of the test: it counts what
+    optimizer steps used. A wrapper that drops an update, state and all, drops its examples, too.
 
     Args:
       criterion: a criterion such as `norm_test(0.5)`, or any function from `GradientNoise` to a
@@ -184,7 +191,11 @@ def adapt_batch_size(
         )
 
     def test(
-        sizes: Sizes, noise: GradientNoise, read: dict[str, jax.Array], state: AdaptBatchSizeState
+        sizes: Sizes,
+        trained: PyTree | None,
+        noise: GradientNoise,
+        read: dict[str, jax.Array],
+        state: AdaptBatchSizeState,
     ) -> _Tested:
         evidence = criterion.evidence(noise, **read)
         square = noise.squared_norm
@@ -209,6 +220,8 @@ def adapt_batch_size(
             ema = _blend(usable, decay, ema, new)
             start = jnp.where(weight > 0, weight, 1.0)
             averaged = jax.tree.map(lambda e: e / start, ema)
+        if trained is not None and criterion.coordinate_wise:
+            averaged = tuple(only_trained(tree, trained) for tree in averaged)
         numerator, denominator = criterion.summarize(*averaged)
         required = criterion.required(numerator, denominator)
         if required.shape != ():
@@ -270,6 +283,7 @@ def adapt_batch_size(
         hold_batch_size: Any = False,
         emit: Any = True,
         batch_size_multiple: int | None = None,
+        trained: PyTree | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, AdaptBatchSizeState]:
         del params
@@ -285,7 +299,7 @@ def adapt_batch_size(
         at_maximum = sizes.full(state.next_batch_size)
 
         def look(noise: GradientNoise, read: Any, state: AdaptBatchSizeState) -> _Tested:
-            return test(sizes, let_through(noise, updates, criterion), read, state)
+            return test(sizes, trained, let_through(noise, updates, criterion), read, state)
 
         def skip(_: GradientNoise, __: Any, state: AdaptBatchSizeState) -> _Tested:
             status = jnp.where(due, BatchSizeStatus.HELD, BatchSizeStatus.NOT_TESTED)

@@ -136,5 +136,10 @@ def let_through(noise: GradientNoise, updates: PyTree, criterion: Criterion) -> 
     return noise._replace(mean=mean, coordinate_scatter=scatter, scatter=total)
 
 
+def only_trained(tree: PyTree, trained: PyTree) -> PyTree:
+    """The tree with nothing in the place of parameters that are not `trained`."""
+    return jax.tree.map(lambda keep, x: x if keep else optax.MaskedNode(), trained, tree)
+
+
 def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)

@@ -21,6 +21,7 @@ from adabatch_jax.noise._gradient_noise import blend, join_noise, unless_measure
 
 PyTree = Any
 _MOST_OFFERED = 2**30
+_SUMS = ("value", "num_examples")  # of a call; the links inside are told those of the batch
 
 
 class AdaptiveMultiStepsState(NamedTuple):
@@ -211,7 +212,7 @@ def adaptive_multi_steps(
         unit = None if micro_batch_size is None else micro_batch_size * devices
         extra_args["batch_size_multiple"] = 1 if unit is None else unit
 
-        parts = moved(updates, state, params, noise, value, extra_args)
+        parts = moved(updates, state, params, noise, {k: told[k] for k in _SUMS}, extra_args)
         if not all(parts.trained):
             structure = jax.tree.structure(updates)
             extra_args["trained"] = jax.tree.unflatten(structure, parts.trained)
@@ -326,11 +327,12 @@ class _Moved:
         state: AdaptiveMultiStepsState,
         params: PyTree,
         noise: GradientNoise | None,
-        value: Any,
+        sums: dict[str, Any],
         extra_args: dict[str, Any],
     ) -> Leaves:
         leaves, structure = jax.tree.flatten((updates, state, params))
-        told = (noise is None, value is None, *sorted(extra_args))
+        sums = {name: jnp.asarray(x) for name, x in sums.items() if x is not None}
+        told = (noise is None, *sorted(sums), *sorted(extra_args))
         key = (structure, tuple(jnp.shape(x) for x in leaves), told)
         if key not in self.found:
             seen = state.gathered_noise
@@ -342,9 +344,7 @@ class _Moved:
                 return self.optimizer.update(updates, inner, params, **told, **more)
 
             more = extra_args | {"trace_only": True}
-            held = dict(hold_batch_size=state.emitted, emit=state.emitted)
-            arrays = held | ({} if value is None else {"value": jnp.asarray(value)})
-            arrays["mean"] = seen.mean
+            arrays = dict(hold_batch_size=state.emitted, emit=state.emitted, mean=seen.mean, **sums)
             self.found[key] = moved_leaves(update, updates, state.inner_opt_state, params, arrays)
         return self.found[key]
 

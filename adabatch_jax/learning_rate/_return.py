@@ -96,6 +96,8 @@ def return_to_minimum(
         updates: PyTree,
         state: ReturnToMinimumState,
         params: PyTree | None = None,
+        *,
+        trace_only: bool = False,
         **extra_args: Any,
     ) -> tuple[PyTree, ReturnToMinimumState]:
         if params is None:
@@ -104,6 +106,11 @@ def return_to_minimum(
                 "optimizer.update(gradient, state, params, value=loss)"
             )
         before = state.inner_returning_state
+        if trace_only:  # what the optimizer moves, which the way back to a snapshot would hide
+            updates, after = optimizer.update(
+                updates, before, params, trace_only=True, **extra_args
+            )
+            return updates, state._replace(inner_returning_state=after)
         updates, after = optimizer.update(updates, before, params, **extra_args)
         old, new = find_schedule(before, _NAME), find_schedule(after, _NAME)
         # Told from what changed in this very call: adaptive_multi_steps may drop what it did.

@@ -80,12 +80,12 @@ def test_in_between_updates_are_zero_and_the_inner_state_rests(drop_in):
 def test_a_batch_takes_as_many_micro_batches_as_the_noise_asked_for(drop_in):
     run = drop_in(make_optimizer(SGD, eta=0.4), PARAMS)
     run.feed_all(draw(4))
-    size = int(get_batch_size(run.state))
-    assert size % 8  # so that rounding up shows
-    needed = -(-size // 8)
-    emitted = run.feed_all(draw(needed, seed=1))
-    assert emitted == [False] * (needed - 1) + [True]
-    assert run.metrics["num_examples"] == 32 + 8 * needed
+    size, required = int(get_batch_size(run.state)), float(run.metrics["required_batch_size"])
+    assert 0 < size - required < 8  # rounded up to whole calls
+    emitted = run.feed_all(draw(size // 8, seed=1))
+    assert emitted == [False] * (size // 8 - 1) + [True]
+    assert run.metrics["num_examples"] == 32 + size
+    assert run.metrics["batch_size"] == size
 
 
 def test_updates_keep_the_dtype_of_the_gradients(drop_in):

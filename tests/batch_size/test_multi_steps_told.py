@@ -23,12 +23,13 @@ def loss(w, batch):
     return (weight * (x @ w - target) ** 2).sum() / weight.sum()
 
 
-
 def listener(heard):
     """A link that notes what it is told of the batch."""
 
     def update(updates, state, params=None, *, noise, num_examples, **extra_args):
-        jax.debug.callback(lambda *x: heard.append(tuple(map(int, x))), noise.num_examples, num_examples)
+        jax.debug.callback(
+            lambda *x: heard.append(tuple(map(int, x))), noise.num_examples, num_examples
+        )
         return updates, state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)

@@ -107,7 +107,9 @@ def test_a_program_for_after_the_warm_up_leaves_the_length_alone():
     state = link.init(params)
     for loss in FALLING[:13]:
         _, state = update(params, state, params, value=jnp.float32(loss))
-    assert int(state.warmup_end) != WarmupEnd.RUNNING and int(state.step_length.directions_seen) == 12
+    assert (
+        int(state.warmup_end) != WarmupEnd.RUNNING and int(state.step_length.directions_seen) == 12
+    )
     after = [
         jax.jit(x.update)(params, state, params, value=jnp.float32(1.0))[1] for x in (link, later)
     ]
