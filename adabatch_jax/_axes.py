@@ -4,6 +4,9 @@ Inside `jax.shard_map` with its varying check on, the gradient of a parameter th
 devices arrives already summed over them: every device then holds the same number, and the scatter
 between devices reads zero. Casting the parameters to "varying" before differentiating keeps the
 gradients apart. Under `jax.pmap`, and with the check off, there is nothing to cast.
+
+On a mesh whose axes are `AxisType.Explicit`, the default of `jax.make_mesh`, the type of an array tells how
+it is sharded, and what is mapped or multiplied together must agree. Elsewhere the type says nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 PyTree = Any
 AxisName = str | Sequence[str] | None
@@ -47,3 +51,23 @@ def to_varying(tree: PyTree, axes: Iterable[str]) -> PyTree:
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.tree.map(cast, tree) if wanted else tree
+
+
+def explicit_spec(x: Any) -> tuple[Any, ...]:
+    """Mesh axes of type Explicit along each axis of `x`; empty where the type says nothing."""
+    spec = tuple(getattr(jax.typeof(x).sharding, "spec", ()))
+    return spec if any(axis is not None for axis in spec) else ()
+
+
+def reshard(x: Any, mesh: Any, spec: Sequence[Any]) -> Any:
+    """`x` with this sharding in its type; as it is if it has it already."""
+    wanted = tuple(spec) if any(axis is not None for axis in spec) else ()
+    if explicit_spec(x) == wanted:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def reshard_like(x: Any, like: Any) -> Any:
+    """`x` sharded in its type as `like`, of the same shape, is."""
+    spec = explicit_spec(like)
+    return reshard(x, jax.typeof(like).sharding.mesh, spec) if spec else x

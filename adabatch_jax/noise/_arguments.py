@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adabatch_jax._axes import explicit_spec
+
 PyTree = Any
 _NNX = (
     "of an nnx model take the parameters alone, `graphdef, params, rest = nnx.split(model, nnx.Param, "
@@ -96,6 +98,18 @@ def to_arrays(where: str, name: str, tree: PyTree) -> PyTree:
             ) from error
 
     return jax.tree.map_with_path(one, tree)
+
+
+def check_in_turn(where: str, groups: PyTree) -> None:
+    """Groups that go one after the other are not sharded along their first axis."""
+    for x in jax.tree.leaves(groups):
+        if (explicit_spec(x) or (None,))[0] is not None:
+            raise ValueError(
+                f"{where}: groups is sharded over the Explicit mesh axis {explicit_spec(x)[0]!r} along its "
+                "first axis, along which groups go one after the other: shard the examples of each group "
+                "(axis 1), or for value_and_grad_noise(..., lanes=True) the lanes (axis 1 of [num_loops, "
+                "num_lanes, …]), or make the mesh with AxisType.Auto"
+            )
 
 
 def taken_apart_loss(where: str, name: str, out: Any, has_aux: bool) -> tuple[Any, PyTree]:

@@ -14,6 +14,7 @@ from adabatch_jax._axes import AxisName, axis_tuple, to_varying, varying_axes
 from adabatch_jax._tree import cast_like
 from adabatch_jax.noise._arguments import (
     check_bools,
+    check_in_turn,
     check_scalar,
     explained,
     take_apart,
@@ -58,15 +59,15 @@ def value_and_grad_noise(
     On several devices, with the same result on any number of them:
 
     * `pmap`, and `shard_map` with its varying check on or off: `axis_name=`, each device its own groups.
-    * Sharded `jit`: `lanes=True`, parameters replicated, axis 1 of the groups sharded over a mesh whose
-      axes are `AxisType.Auto`. Against a plain data-parallel step the program has one all-reduce of a few
-      numbers more, outside the loop.
+    * Sharded `jit`: `lanes=True`, parameters replicated, axis 1 of the groups sharded over a mesh, whose
+      axes may be Auto or, within `jax.set_mesh`, Explicit. Against a plain data-parallel step the program
+      has one all-reduce of a few numbers more, outside the loop.
     * Sharded `jit`, parameters and optimizer state sharded over the same axis (FSDP): the same, with
-      `params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))` at the top of the step,
-      and `out_shardings` like those of the arguments. The parameters are gathered once, not once a group;
-      without that line XLA may split the model instead, and exchange examples in the loop. The mean
-      gradient is gathered once, too: every lane's mean is compared with it. (S − N·q would save that, but
-      is the difference of two large sums.)
+      `params = jax.lax.with_sharding_constraint(params, NamedSharding(mesh, P()))` at the top of the step
+      (on Explicit axes `jax.sharding.reshard(params, P())`), and `out_shardings` like those of the
+      arguments. The parameters are gathered once, not once a group; without that line XLA may split the
+      model instead, and exchange examples in the loop. The mean gradient is gathered once, too: every
+      lane's mean is compared with it. (S − N·q would save that, but is the difference of two large sums.)
 
     Args:
       loss_fn: `loss_fn(params, group, *args)`, the **mean** loss of one group (scalar), or
@@ -228,6 +229,8 @@ def estimator(
         params = prepare(where, parts.trained, groups, axes)
         varying = varying_axes((params, parts.frozen, groups, args, sizes, bound))
         at_once = min(leading[0], vectorize or leading[0])
+        if not lanes:
+            check_in_turn(where, groups)
         over_groups = partial(
             accumulate, (groups, sizes), vectorize=at_once, lanes=lanes, varying=varying
         )
@@ -298,7 +301,8 @@ def estimator(
         value = jnp.where(noise.num_examples == 0, jnp.nan, total.value)
         if not has_aux:
             return value, noise
-        shape = jax.eval_shape(loss_fn, parts.whole(params), first(groups, ndim), *args)[1]
+        of_first = lambda g: loss_fn(parts.whole(params), first(g, ndim), *args)[1]  # noqa: E731
+        shape = jax.eval_shape(of_first, groups)
         return (value, join_aux(where, shape, sum_aux, total[2:])), noise
 
     return fn

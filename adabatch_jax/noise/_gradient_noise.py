@@ -153,7 +153,7 @@ def join_noise(
         return jnp.where(unknown, UNMEASURED, left + right + gap).astype(jnp.float32)
 
     def zeros(a: PyTree, b: PyTree) -> PyTree:
-        zero = jnp.zeros((), jnp.float32)
+        zero = 0.0 * weight  # under `vmap` one for every lane, as the other branch has
         return jax.tree.map(lambda x, y: to_varying(zero, varying_axes((x, y))), a, b)
 
     if gaps is None and measure is None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adabatch_jax import _validate
+from adabatch_jax._axes import explicit_spec
 
 PyTree = Any
 
@@ -40,7 +43,20 @@ def split_groups(batch: PyTree, num_groups: int) -> PyTree:
     size = shapes[0][0]
     if size % num_groups:
         raise ValueError(f"split_groups: num_groups={num_groups} does not divide batch size {size}")
-    return jax.tree.map(lambda x: x.reshape((num_groups, size // num_groups, *x.shape[1:])), batch)
+    return jax.tree.map(lambda x: _split(x, num_groups, size // num_groups), batch)
+
+
+def _split(x: Any, number: int, size: int) -> Any:
+    shape = (number, size, *x.shape[1:])
+    if not (spec := explicit_spec(x)) or spec[0] is None:
+        return x.reshape(shape)
+    # A mesh with Explicit axes wants to be told where the devices go: to the groups if they divide them.
+    axes, mesh = spec[0], jax.typeof(x).sharding.mesh
+    devices = math.prod(mesh.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,)))
+    by_group, by_row = (axes, None), (None, axes if size % devices == 0 else None)
+    leading = by_group if number % devices == 0 else by_row
+    sharding = NamedSharding(mesh, PartitionSpec(*leading, *spec[1:]))
+    return jax.lax.reshape(x, shape, out_sharding=sharding)
 
 
 def leading_shape(groups: PyTree, ndim: int) -> tuple[int, ...]:

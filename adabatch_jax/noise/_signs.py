@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple, to_varying, varying_axes
+from adabatch_jax._axes import AxisName, axis_tuple, reshard_like, to_varying, varying_axes
 from adabatch_jax._tree import abs_squared, cast_like, squared_norm, widen
 from adabatch_jax.noise._arguments import (
     check_bools,
+    check_in_turn,
     explained,
     take_apart,
     taken_apart_loss,
@@ -129,7 +130,7 @@ def value_and_grad_signs(
 
         def along(weights: jax.Array) -> PyTree:
             weights = to_varying(weights.astype(losses.dtype) * share, varying_axes(losses))
-            return pull(weights)[0]
+            return pull(reshard_like(weights, losses))[0]
 
         def squares(signs: jax.Array) -> tuple[jax.Array, PyTree]:
             signed = widen(along(signs))
@@ -160,6 +161,7 @@ def value_and_grad_signs(
         groups = to_arrays(where, "groups", groups)
         parts = take_apart(where, params, trained)
         num_groups = _num_groups(groups)
+        check_in_turn(where, groups)
         for axis in axes:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         params = prepare(where, parts.trained, groups, axes)

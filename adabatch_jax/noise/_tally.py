@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adabatch_jax._axes import checked_axes, to_varying, varying_axes
+from adabatch_jax._axes import (
+    checked_axes,
+    explicit_spec,
+    reshard,
+    reshard_like,
+    to_varying,
+    varying_axes,
+)
 from adabatch_jax._tree import align, widen
 from adabatch_jax.noise._gradient_noise import GradientNoise, blend, join_noise, pool_noise
 
@@ -100,6 +107,7 @@ def accumulate(
 
     `together`: it is given `vectorize` groups at once and their sizes, and gives what they add up to.
     """
+    groups, lane = side_by_side(groups) if lanes else (groups, None)
     _, sizes = groups
     join = partial(merge, measure)
 
@@ -111,7 +119,7 @@ def accumulate(
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, False), groups)
 
     def lane_step(i: jax.Array, so_far: Tally) -> Tally:
-        return jax.vmap(join)(so_far, jax.vmap(widened)(*at(i)))
+        return jax.vmap(lambda t, *group: join(t, widened(*group)))(so_far, *at(i))
 
     def chunk_step(i: jax.Array, so_far: Tally) -> Tally:
         index = i * vectorize + jnp.arange(vectorize, dtype=jnp.int32)
@@ -129,7 +137,7 @@ def accumulate(
         shapes = jax.eval_shape(widened, *jax.tree.map(lambda x: x[:vectorize], groups))
     else:
         shapes = jax.eval_shape(jax.vmap(widened) if lanes else widened, *first(groups, 1))
-    start = to_varying(jax.tree.map(zeros_of, shapes), varying)
+    start = to_varying(jax.tree.map(partial(zeros_of, lane), shapes), varying)
     if lanes:
         return pool_leading(jax.lax.fori_loop(0, bound, lane_step, start))
     if vectorize > 1 or together:
@@ -137,10 +145,32 @@ def accumulate(
     return jax.lax.fori_loop(0, bound, single_step, start)
 
 
-def zeros_of(shape: Any) -> jax.Array:
-    """Zeros of this shape; on a mesh whose axes are `AxisType.Explicit`, sharded like it."""
-    sharding = shape.sharding if shape.sharding is not None and any(shape.sharding.spec) else None
-    return jnp.zeros(shape.shape, shape.dtype, device=sharding)
+def side_by_side(groups: PyTree) -> tuple[PyTree, tuple[Any, Any] | None]:
+    """Groups [loops, lanes, …] whose lanes are sharded alike, as `vmap` asks; mesh and axes of the lanes.
+
+    None where the type of no leaf tells a sharding of its lanes: only that of Explicit axes does.
+    """
+    leaves = jax.tree.leaves(groups)
+    found = [(x, spec[1]) for x in leaves if (spec := explicit_spec(x)) and spec[1] is not None]
+    if not found:
+        return groups, None
+    (one, axes), *_ = found
+    mesh = jax.typeof(one).sharding.mesh
+
+    def laid(x: jax.Array) -> jax.Array:
+        return reshard(x, mesh, (None, axes, *(explicit_spec(x) or (None,) * x.ndim)[2:]))
+
+    return jax.tree.map(laid, groups), (mesh, axes)
+
+
+def zeros_of(lane: tuple[Any, Any] | None, s: Any) -> jax.Array:
+    """Zeros of this shape, sharded as its type says; with `lane`, what `side_by_side` gives for them."""
+    zeros, sharding = jnp.zeros(s.shape, s.dtype), s.sharding
+    spec = (None,) * len(s.shape) if sharding is None else tuple(sharding.spec)
+    if lane is not None:
+        mesh, axes = lane
+        return reshard(zeros, mesh, (axes, *spec[1:]))
+    return zeros if sharding is None else reshard(zeros, sharding.mesh, spec)
 
 
 def pool_leading(tally: Tally) -> Tally:
@@ -149,7 +179,11 @@ def pool_leading(tally: Tally) -> Tally:
     def total(x: jax.Array) -> jax.Array:
         return jnp.sum(x, axis=0, dtype=x.dtype)
 
-    return pool(tally, total, lambda mark: mark & (jnp.cumsum(mark) == 1))
+    def foremost(mark: jax.Array) -> jax.Array:
+        place = reshard_like(jnp.arange(len(mark)), mark)
+        return place == jnp.min(jnp.where(mark, place, len(mark)))
+
+    return pool(tally, total, foremost)
 
 
 def pool_devices(tally: Tally, axes: tuple[str, ...]) -> Tally:
@@ -170,4 +204,11 @@ def pool_devices(tally: Tally, axes: tuple[str, ...]) -> Tally:
 
 
 def first(groups: PyTree, ndim: int) -> PyTree:
-    return jax.tree.map(lambda x: x[(0,) * ndim], groups)
+    """The first group, of which only the shape counts; lanes may be sharded."""
+
+    def one(x: jax.Array) -> jax.Array:
+        if spec := explicit_spec(x):
+            x = reshard(x, jax.typeof(x).sharding.mesh, (*(None,) * ndim, *spec[ndim:]))
+        return x[(0,) * ndim]
+
+    return jax.tree.map(one, groups)
