@@ -9,6 +9,7 @@ import pytest
 
 from adabatch_jax import GradientNoise, merge_noise, value_and_grad_noise, value_and_grad_signs
 from adabatch_jax.noise._gradient_noise import pool_noise
+from adabatch_jax.noise._structured._estimate import value_and_grad_structured
 
 SIZES = (3, 1, 2, 5, 4, 0)
 
@@ -110,6 +111,25 @@ def test_a_loss_of_complex_parameters(problem, options):
     np.testing.assert_allclose(
         noise.inner_product_scatter, 4 * ((products - products.mean()) ** 2).sum(), rtol=1e-4
     )
+
+
+def spiral(w, x):
+    """Real parameters that become complex apart from the example, and inside a scan."""
+    turn = jax.lax.complex(w[0], jnp.square(w[1]))
+    last, _ = jax.lax.scan(lambda c, a: (c * turn + a, None), jnp.complex64(1), x[0] + 0j)
+    return jnp.abs(last) ** 2 + jnp.mean(jnp.abs((x + 2j * x) @ jnp.outer(w, w + 1j * w)) ** 2)
+
+
+def test_the_structured_form_sees_what_is_complex_on_the_way():
+    x, w = jax.random.normal(jax.random.key(0), (5, 1, 3)), jnp.array([0.5, -1.0, 0.3])
+    options = {"coordinate_wise": True, "inner_products": True}
+    expected, found = (
+        jax.jit(f(spiral, **options))(w, x)
+        for f in (value_and_grad_noise, value_and_grad_structured)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, expected)
+    with pytest.raises(ValueError, match=r"value_and_grad_structured.*got complex64"):
+        value_and_grad_structured(loss)({"z": w + 0j, "r": w}, (x, x[..., 0]))
 
 
 def test_signs_see_both_parts(problem):

@@ -61,3 +61,14 @@ def test_a_merge_with_what_was_not_measured_is_not_measured():
         assert np.all(both.coordinate_scatter == -1)
     none = unknown._replace(num_examples=jnp.int32(0), num_groups=jnp.int32(0))
     assert float(merge_noise(known, none).trace) == float(known.trace)
+
+
+@pytest.mark.parametrize("options", [{"lanes": True}, ALL], ids=str)
+def test_without_jit_it_is_the_same(options):
+    groups = GROUPS[:4].reshape(2, 2, 4, 3) if options.get("lanes") else GROUPS[:3]
+    fn = value_and_grad_noise(loss_fn, **options)
+    run = lambda: fn(jnp.ones(3), groups, count=2, measure=jnp.bool_(True))  # noqa: E731
+    expected = jax.jit(run)()
+    with jax.disable_jit():
+        found = run()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)

@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
     def results(self, place: int) -> list[Any]:
         """The variables of an operation through which derivatives come back."""
-        return [v for v in self.jaxpr.eqns[place].outvars if _is_float(v)]
+        return [v for v in self.jaxpr.eqns[place].outvars if _is_inexact(v)]
 
     @property
     def places(self) -> list[int]:
@@ -63,12 +63,12 @@ def make_plan(fn: Callable[..., Any], params: Sequence[Any], example: Sequence[A
         made_of = frozenset().union(*(behind.get(v, frozenset()) for v in operands))
         if not any(v in from_example for v in operands):
             if made_of:  # no derivative goes through integers
-                behind.update({v: made_of for v in eqn.outvars if _is_float(v)})
+                behind.update({v: made_of for v in eqn.outvars if _is_inexact(v)})
                 if len(operands) == 1 and operands[0] in isometric and rearranges(eqn):
                     isometric.update(eqn.outvars)
             continue
         from_example.update(eqn.outvars)
-        if made_of and any(map(_is_float, eqn.outvars)):
+        if made_of and any(map(_is_inexact, eqn.outvars)):
             own = [
                 k for k, v in enumerate(eqn.invars) if not isinstance(v, Literal) and v in behind
             ]
@@ -107,8 +107,9 @@ def is_program(eqn: Any) -> bool:
     )
 
 
-def _is_float(v: Any) -> bool:
-    return jnp.issubdtype(v.aval.dtype, jnp.floating)
+def _is_inexact(v: Any) -> bool:
+    """Whether derivatives go through a variable: a float, or a complex number on the way."""
+    return jnp.issubdtype(v.aval.dtype, jnp.inexact)
 
 
 def flattened(fn: Callable[..., Any], *args: Any) -> ClosedJaxpr:

@@ -52,7 +52,8 @@ class Gradient(NamedTuple):
 
 
 def _product(a: jax.Array, b: jax.Array, spec: str) -> jax.Array:
-    return jnp.einsum(spec, a, b, precision="highest", preferred_element_type=jnp.float32)
+    dtype = jnp.complex64 if jnp.iscomplexobj(a) or jnp.iscomplexobj(b) else jnp.float32
+    return jnp.einsum(spec, a, b, precision="highest", preferred_element_type=dtype)
 
 
 def _norm_of_factors(x: jax.Array, delta: jax.Array) -> jax.Array:

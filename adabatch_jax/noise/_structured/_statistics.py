@@ -166,7 +166,8 @@ def _total(parts: Iterable[Any]) -> Any:
 
 
 def _inner(a: PyTree, b: PyTree) -> jax.Array:
-    parts = jax.tree.map(lambda x, y: jnp.vdot(widen(x), widen(y)), a, b)
+    """Re Σ a·b: of complex numbers without a conjugate, since a signal of JAX has it already."""
+    parts = jax.tree.map(lambda x, y: jnp.real(jnp.vdot(jnp.conj(widen(x)), widen(y))), a, b)
     return _total(jax.tree.leaves(parts)).astype(jnp.float32)
 
 

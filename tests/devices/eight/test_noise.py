@@ -91,6 +91,35 @@ def test_sizes_and_counts_may_differ_between_devices():
         chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_state_advances_as_on_one_device():
+    """Counters and keys are those of the first device with examples; sums are over all of them."""
+    counts = jnp.array([0, 2, 3, 4, 5, 0, 2, 3])
+
+    def loss_and_aux(params, group, step):
+        own = jnp.sum(group[0])
+        key = jax.random.fold_in(jax.random.key(0), jnp.int32(100 * own))
+        aux = {"step": step + 1, "flag": own > -1e9, "key": key, "raw": jax.random.key_data(key)}
+        return loss_fn(params, group), aux | {"groups": jnp.int32(1)}
+
+    def step(params, counts, groups):
+        own = counts[jax.lax.axis_index("data")]
+        sums = {"step": False, "flag": False, "key": False, "raw": False, "groups": True}
+        fn = adabatch.value_and_grad_noise(
+            loss_and_aux, axis_name="data", has_aux=True, sum_aux=sums
+        )
+        (_, aux), _ = fn(params, flat(groups), jnp.int32(5), count=own)
+        return {**aux, "key": jax.random.key_data(aux["key"])}
+
+    first_used = jax.tree.map(lambda x: x[0, 1], few_groups())
+    raw = loss_and_aux(first_params(), first_used, 5)[1]["raw"]
+    for kind in ("pmap", "shard_map checked", "shard_map unchecked"):
+        found = on_devices(kind, step)(first_params(), counts, few_groups())
+        assert (int(found["step"]), bool(found["flag"]), int(found["groups"])) == (6, True, 19)
+        assert found["flag"].dtype == bool
+        for name in ("key", "raw"):
+            assert found[name].tolist() == raw.tolist()
+
+
 def test_the_trap_of_the_varying_check(on_one_device):
     """With the check on, gradients arrive summed: their scatter is 0, to rounding. Ours is not."""
 
