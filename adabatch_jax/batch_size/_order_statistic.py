@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 def order_statistic(tree: Any, quantile: float) -> jax.Array:
-    """The smallest entry x of `tree` such that a share `quantile` of the entries is ≤ x.
+    """The smallest entry x of `tree` such that a share `quantile` of the entries is ≤ x; 0 of none.
 
     Args:
       tree: pytree of non-negative float32 arrays; +inf is allowed.
@@ -21,7 +21,8 @@ def order_statistic(tree: Any, quantile: float) -> jax.Array:
     """
     leaves = jax.tree.leaves(tree)
     if quantile >= 1.0:
-        return jnp.max(jnp.stack([jnp.max(x) for x in leaves]))
+        maxima = [jnp.max(x, initial=0.0).astype(jnp.float32) for x in leaves]
+        return jnp.max(jnp.stack([jnp.float32(0.0), *maxima]))
     bits = [jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) for x in leaves]
     size = sum(x.size for x in leaves)
     # float32 counts are exact to 2**24 and to 6e-8 beyond: far below what a quantile can mean.
@@ -39,4 +40,5 @@ def order_statistic(tree: Any, quantile: float) -> jax.Array:
 
     infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
     _, high = jax.lax.fori_loop(0, 31, halve, (jnp.int32(-1), infinity))
-    return jax.lax.bitcast_convert_type(high, jnp.float32)
+    # Of no entries any bound is enough, even that below 0.
+    return jax.lax.bitcast_convert_type(jnp.maximum(high, 0), jnp.float32)

@@ -168,7 +168,7 @@ def _clean_outlier(value: jax.Array, level: jax.Array) -> jax.Array:
     edge = root(level)
     excess = jnp.maximum(value - 2.0 * edge, 0.0)
     # As a product, the difference of the squares loses nothing near the edge.
-    return edge + (excess + root(excess * (excess + 4.0 * edge))) / 2.0
+    return edge + (excess + root(excess) * root(excess + 4.0 * edge)) / 2.0
 
 
 def _overlap(value: jax.Array, level: jax.Array) -> jax.Array:

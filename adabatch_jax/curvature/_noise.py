@@ -12,7 +12,7 @@ from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
 from adabatch_jax._tree import squared_norm, widen
 from adabatch_jax.curvature._products import hessian_vector_product
-from adabatch_jax.curvature._spectrum import Spectrum, lanczos, random_unit
+from adabatch_jax.curvature._spectrum import Spectrum, lanczos, power_of_two_below, random_unit
 
 PyTree = Any
 PROBES = ("ritz", "random")
@@ -215,10 +215,12 @@ def batch_sharpness(
     num_groups, _ = _group_shape("batch_sharpness", groups)
 
     def one(group: PyTree) -> jax.Array:
-        gradient = jax.grad(loss_fn)(params, group)
+        gradient = widen(jax.grad(loss_fn)(params, group))
+        units = power_of_two_below(gradient)  # the square of 1e-20 is no float32
+        gradient = jax.tree.map(lambda g: g * units.astype(g.dtype), gradient)
         image = hessian_vector_product(loss_fn, params, group)(gradient)
         square = squared_norm(gradient)
-        along = _dot(widen(gradient), image)
+        along = _dot(gradient, image)
         return jnp.where(square > 0, along / jnp.where(square > 0, square, 1.0), 0.0)
 
     values = jax.lax.map(one, groups)

@@ -15,15 +15,16 @@ from adabatch_jax.curvature._products import CurvatureProduct
 
 PyTree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
-_BREAKDOWN = 1e-5  # of the largest entry so far: what float32 leaves of a zero
+_BREAKDOWN = 1e-6  # of the largest entry so far: what float32 leaves of a zero
 
 
 class Spectrum(NamedTuple):
     """Ritz values of Lanczos runs, float32 [num_probes, num_steps], ascending along the last axis.
 
     A run that has seen its whole Krylov space stops early (a matrix of low rank, fewer dimensions than
-    steps). The entries it left over repeat its largest eigenvalue with weight and residual 0: extremes,
-    moments and densities are right without a mask.
+    steps), to 1e-6 of its largest entry; the residuals tell what lies below. The entries it left over
+    repeat its largest eigenvalue with weight and residual 0: extremes, moments and densities are right
+    without a mask.
 
     Example:
       >>> import jax.numpy as jnp
@@ -199,15 +200,8 @@ def _run(
     *,
     num_steps: int,
 ) -> tuple[Spectrum, PyTree]:
-    if start is None:
-        start = random_unit(jax.random.split(key, 1)[0], params)
-    else:
-        # Scaled by its largest entry first: the square of a small gradient would vanish.
-        start = widen(start)
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(start)]))
-        start = _scaled(start, 1.0 / largest)
-        start = _scaled(start, jax.lax.rsqrt(squared_norm(start)))
-    spectrum, vector = lanczos(_linear(operator), start, num_steps)
+    vector = random_unit(jax.random.split(key, 1)[0], params) if start is None else unit(start)
+    spectrum, vector = lanczos(_linear(operator), vector, num_steps)
     return jax.tree.map(lambda x: x[None], spectrum), vector
 
 
@@ -228,14 +222,36 @@ def random_unit(key: jax.Array, params: PyTree) -> PyTree:
     return _scaled(vector, jax.lax.rsqrt(squared_norm(vector)))
 
 
+def unit(vector: PyTree) -> PyTree:
+    """The vector at length 1, at least float32, however small its entries are; NaN for zero."""
+    vector = widen(vector)
+    vector = _scaled(vector, power_of_two_below(vector))
+    return _scaled(vector, jax.lax.rsqrt(squared_norm(vector)))
+
+
+def power_of_two_below(tree: PyTree) -> jax.Array:
+    """The power of two that brings the largest entry near 1, so that no square leaves float32; 1 for zero.
+
+    A product with it is exact.
+    """
+    sizes = [jnp.max(jnp.abs(x), initial=0.0) for x in jax.tree.leaves(tree)]
+    largest = jnp.max(jnp.stack([x.astype(jnp.float32) for x in sizes]), initial=0.0)
+    usable = jnp.isfinite(largest) & (largest > 0)
+    exponent = jnp.clip(jnp.frexp(jnp.where(usable, largest, 1.0))[1], -125, 125)
+    return jnp.ldexp(jnp.float32(1.0), -exponent)
+
+
 def lanczos(
     linear: Callable[[PyTree], PyTree], start: PyTree, num_steps: int
 ) -> tuple[Spectrum, PyTree]:
     """One run from a unit vector: Ritz values, and the unit Ritz vector of the largest one."""
 
     def step(i: jax.Array, carry: tuple) -> tuple:
-        basis, vector, diagonal, off, valid, scale = carry
+        basis, vector, diagonal, off, valid, scale, units = carry
         image = widen(linear(vector))
+        # The matrix in units of its first image: a norm squares, and the square of 1e-20 is no float32.
+        units = jnp.where(i == 0, power_of_two_below(image), units)
+        image = _scaled(image, units)
         coefficients = _coordinates(basis, image)
         image = _without(basis, image, coefficients)
         image = _without(basis, image, _coordinates(basis, image))
@@ -245,7 +261,7 @@ def lanczos(
         ends = alive & (length <= _BREAKDOWN * scale)
         valid = jnp.where(ends, i + 1, valid)
         diagonal = diagonal.at[i].set(jnp.where(alive, coefficients[i], 0.0))
-        off = off.at[i].set(jnp.where(alive & ~ends, length, 0.0))
+        off = off.at[i].set(jnp.where(alive, length, 0.0))
         # Rows that a finished run leaves are zero, and so are products with them.
         inside, usable = i + 1 < num_steps, (length > 0) & (i + 1 < valid)
         following = _scaled(image, jnp.where(usable, 1.0 / jnp.where(usable, length, 1.0), 0.0))
@@ -256,12 +272,12 @@ def lanczos(
             lambda b, new, old: b.at[row].set(jnp.where(inside, new, old).astype(b.dtype)),
             *(basis, following, vector),
         )
-        return basis, following, diagonal, off, valid, scale
+        return basis, following, diagonal, off, valid, scale, units
 
     basis = jax.tree.map(lambda v: jnp.zeros((num_steps, *v.shape), v.dtype).at[0].set(v), start)
     numbers = jnp.zeros(num_steps, jnp.float32)
-    carry = (basis, start, numbers, numbers, jnp.int32(num_steps), jnp.float32(0.0))
-    basis, _, diagonal, off, valid, _ = jax.lax.fori_loop(0, num_steps, step, carry)
+    carry = (basis, start, numbers, numbers, jnp.int32(num_steps), jnp.float32(0), jnp.float32(1))
+    basis, _, diagonal, off, valid, _, units = jax.lax.fori_loop(0, num_steps, step, carry)
 
     steps = jnp.arange(num_steps)
     # Rows beyond the last valid one get an eigenvalue outside the spectrum, so they sort to the end.
@@ -278,9 +294,9 @@ def lanczos(
     top = valid - 1
     weights = jnp.where(real, jnp.square(vectors[0]), 0.0)
     spectrum = Spectrum(
-        jnp.where(real, values, values[top]),
+        jnp.where(real, values, values[top]) / units,
         weights / jnp.sum(weights),
-        jnp.where(real, jnp.abs(off[top] * vectors[top]), 0.0),
+        jnp.where(real, jnp.abs(off[top] * vectors[top]), 0.0) / units,
     )
     return spectrum, _combination(basis, vectors[:, top])
 

@@ -36,6 +36,13 @@ def test_it_is_the_entry_that_sorting_finds(quantile, x):
     assert found == expected or max(found, expected) < NORMAL
 
 
+@pytest.mark.parametrize("quantile", [0.5, 1.0])
+def test_arrays_without_entries_change_nothing(quantile):
+    none = jnp.zeros((0, 3))
+    assert float(order_statistic([none, jnp.array([2.0, 2.0]), none], quantile)) == 2.0
+    assert float(order_statistic([none], quantile)) == float(order_statistic([], quantile)) == 0.0
+
+
 def test_it_agrees_with_numpy_on_many_entries():
     x = np.random.default_rng(0).gamma(0.2, 10.0, 10001).astype(np.float32)
     for quantile in (0.1, 0.9):

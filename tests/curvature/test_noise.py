@@ -89,6 +89,8 @@ def test_batch_sharpness_is_the_rayleigh_quotient_along_each_gradient():
     got = adabatch.batch_sharpness(quadratic, w, groups)
     np.testing.assert_allclose(got.mean, np.mean(each), rtol=1e-4)
     np.testing.assert_allclose(got.standard_error, np.std(each, ddof=1) / np.sqrt(8), rtol=1e-3)
+    far = adabatch.batch_sharpness(quadratic, 1e-25 * w, groups)  # the square of its gradient is 0
+    np.testing.assert_allclose(far.mean, np.mean(each), rtol=1e-4)
     still = adabatch.batch_sharpness(quadratic, jnp.zeros(P), groups)
     assert tuple(map(float, still)) == (0.0, 0.0)
 

@@ -25,7 +25,7 @@ def spectrum_of(a, **options):
 BULK = 0.3 * np.random.default_rng(1).normal(size=297)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-8, 1e8])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])  # whose squares are no float32
 def test_extremes_of_both_signs(scale):
     found = spectrum_of(matrix(scale * np.r_[10.0, 5.0, -3.0, BULK]), num_steps=30)
     np.testing.assert_allclose(found.largest, 10.0 * scale, rtol=1e-4)
@@ -65,6 +65,22 @@ def test_runs_that_end_early_are_right_without_a_mask(eigenvalues):
     real = found.weights > 1e-6
     distance = np.abs(np.asarray(eigenvalues)[:, None, None] - found.eigenvalues[None])
     assert distance.min(axis=0)[real].max() <= 1e-5 * size
+
+
+def test_a_bulk_far_below_an_outlier_is_seen():
+    found = spectrum_of(matrix(np.r_[1e6, np.linspace(-5.0, 5.0, 99)]), num_steps=20)
+    np.testing.assert_allclose(found.largest, 1e6, rtol=1e-5)
+    assert abs(float(found.smallest) + 5.0) <= float(found.residuals[0, 0]) < 2.0
+
+
+def test_arrays_without_entries_change_nothing():
+    a, none = matrix([3.0, 1.0, -2.0]), jnp.zeros((0, 4))
+    multiply = lambda v: {"w": a @ v["w"], "none": v["none"]}  # noqa: E731
+    params = {"w": jnp.ones(3), "none": none}
+    for start in (None, params):
+        found, vector = adabatch.top_eigenvector(multiply, params, KEY, num_steps=3, start=start)
+        np.testing.assert_allclose(found.eigenvalues[0], [-2.0, 1.0, 3.0], atol=1e-4)
+        assert vector["none"].shape == none.shape
 
 
 def test_the_recurrence_is_matfree_s():
