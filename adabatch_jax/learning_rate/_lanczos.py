@@ -17,7 +17,7 @@ from adabatch_jax.curvature import (
     hessian_vector_product,
     max_stable_learning_rate,
 )
-from adabatch_jax.curvature._spectrum import lanczos, random_unit
+from adabatch_jax.curvature._spectrum import Spectrum, lanczos, random_unit
 from adabatch_jax.learning_rate._refresh import Refresh
 from adabatch_jax.learning_rate._scaling import batch_sizes
 from adabatch_jax.noise import GradientNoise
@@ -26,6 +26,7 @@ PyTree = Any
 VARIANTS = ("gradient_descent", "heavy_ball", "nesterov", "nesterov_authors")
 _ROUNDING = 1e-3  # of L: a negative Ritz value beyond it is negative curvature
 _SMALL = 0.1  # of L: below, a Ritz value with most of the weight stands for the mass at zero
+_KNOWN = 0.25  # of μ: with a larger residual, it is only what so few steps see of smaller ones
 
 
 class ScaleByLanczosState(NamedTuple):
@@ -77,8 +78,10 @@ def scale_by_lanczos(
 
     Every `refresh_every` steps, a Lanczos run on the Hessian of `value_fn=` gives Ritz values θ with
     weights. L = max |θ|; without the one that holds more than half of the weight and is below L/10 (the
-    many eigenvalues at zero), μ = min |θ|, and μ = 0 if there is negative curvature, as networks have.
-    Then
+    many eigenvalues at zero), μ = min |θ|. But μ = 0 if there is negative curvature, as networks have,
+    or if the residual of that θ is more than a quarter of it: few steps find the largest curvature long
+    before the least one, and a μ that is too large makes β too small (nesterov_authors, whose α would be
+    0 then, takes it as it is). Then
 
     * gradient_descent: α = 2 / (L + median |θ|), no momentum;
     * heavy_ball: α = (2 / (√L + √μ))², β = ((√L − √μ) / (√L + √μ))², Polyak's;
@@ -164,7 +167,9 @@ def scale_by_lanczos(
         product = hessian_vector_product(value_fn, params, axis_name=axis_name)
         found, _ = lanczos(product.linear(), random_unit(draw, params), num_steps)
         largest, smallest = found.largest, found.smallest
-        scale, floor, median = _landmarks(found.eigenvalues, found.weights)
+        scale, floor, residual, median = _landmarks(found)
+        if variant != "nesterov_authors":
+            floor = jnp.where(residual <= _KNOWN * floor, floor, 0.0)
         if hessian_noise is not None:
             full = full_hessian_extremes(scale, -scale, hessian_noise, curvature_batch_size)
             floor, median = jnp.minimum(floor, full.largest), jnp.minimum(median, full.largest)
@@ -266,12 +271,12 @@ def scale_by_lanczos(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _landmarks(
-    eigenvalues: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """L = max |θ|, μ = min |θ| and the median of |θ|, without the Ritz value at the mass at zero."""
-    sizes = jnp.abs(eigenvalues)
+def _landmarks(found: Spectrum) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """L = max |θ|, min |θ| and its residual, the median of |θ|; without the mass at zero."""
+    sizes, weights = jnp.abs(found.eigenvalues), found.weights
     largest = jnp.max(sizes)
     kept = (weights > 0) & ((weights <= 0.5) | (sizes >= _SMALL * largest))
     ordered, last = jnp.sort(jnp.where(kept, sizes, jnp.inf)), jnp.sum(kept) - 1
-    return largest, ordered[0], 0.5 * (ordered[last // 2] + ordered[(last + 1) // 2])
+    residual = found.residuals[jnp.argmin(jnp.where(kept, sizes, jnp.inf))]
+    median = 0.5 * (ordered[last // 2] + ordered[(last + 1) // 2])
+    return largest, ordered[0], residual, median

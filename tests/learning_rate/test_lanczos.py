@@ -137,6 +137,20 @@ def test_negative_curvature_leaves_no_least_one():
         np.testing.assert_allclose(states[0].lanczos_momentum, 0.8, rtol=1e-6)
 
 
+def test_a_least_curvature_that_three_steps_do_not_find_counts_as_none():
+    """Of 1 … 1000 they see nothing below some 30, with a residual as large."""
+    _, states = follow(
+        link(num_steps=3, max_momentum=0.9), [jnp.geomspace(1, 1e3, 30)], jnp.ones(30)
+    )
+    np.testing.assert_allclose(states[0].lanczos_momentum, 0.9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_it_knows_no_units(scale):
+    _, states = follow(link(), [scale * CURVATURES])
+    np.testing.assert_allclose(states[0].lanczos_learning_rate, 0.25 / scale, rtol=1e-4)
+
+
 def test_a_bad_measurement_changes_nothing_and_is_counted():
     for bad in (jnp.nan * CURVATURES, -CURVATURES, 0 * CURVATURES):
         _, states = follow(link(refresh_every=1), [CURVATURES, bad, CURVATURES])
