@@ -2,7 +2,10 @@
 
 The Gauss-Newton matrix of a batch is the second moment of 𝔟 vectors in P dimensions. The model is a
 few outliers on σ² · I, so the bulk of a batch is Marchenko and Pastur's: from σ²(1 − √γ)² to
-σ²(1 + √γ)² with γ = P/𝔟.
+σ²(1 + √γ)² with γ = P/𝔟. Where the batch is drawn without replacement from a data set of N that is not
+much larger than P, it is Jacobi's. With g = P/N all formulas are the same ones with σ²(1 − g) for σ² and
+γ/(1 − g) for γ, but for one thing: a batch of more than N − P examples holds directions of which nothing
+is left outside, N/b times as strong as in the full matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ class GaussNewtonExtremes(NamedTuple):
     overlap: jax.Array  # float32 in [0, 1]: ⟨batch's, full⟩² of the unit eigenvectors of λ₁
 
 
-def batch_gauss_newton_extremes(largest: Any, noise: Any, ratio: Any) -> GaussNewtonExtremes:
+def batch_gauss_newton_extremes(
+    largest: Any, noise: Any, ratio: Any, *, dataset_ratio: Any = 0.0
+) -> GaussNewtonExtremes:
     """Outermost eigenvalues of a batch's Gauss-Newton matrix, from the full λ₁ and the noise.
 
     λ₁′ = λ₁ (1 + γσ²/(λ₁ − σ²)) if λ₁ > σ²(1 + √γ), else σ²(1 + √γ)²; the lower edge is σ²(1 − √γ)², or 0
@@ -40,10 +45,15 @@ def batch_gauss_newton_extremes(largest: Any, noise: Any, ratio: Any) -> GaussNe
       noise: σ², the level of one direction; negative counts as 0.
       ratio: γ = P/𝔟 ≥ 0, directions per effective example; negative counts as 0. For a data set of N:
         P · `inverse_effective_batch_size(b, N)`.
+      dataset_ratio: g = P/N in [0, 1), directions per example of the data set. 0: N ≫ P. At g = ¼ and half
+        of the data 0 gives a bulk from 0.25 σ² to 2.25 σ², and it reaches from 0.13 σ² to 1.87 σ².
 
     Returns:
       `GaussNewtonExtremes` of the batch, float32, in the shape to which the arguments broadcast. A NaN
       argument makes NaN what depends on it.
+
+    Raises:
+      ValueError: a `dataset_ratio` outside [0, 1), given as a number.
 
     Example:
       >>> batch = batch_gauss_newton_extremes(5.0, 1.0, jnp.array([0.25, 4.0, 64.0]))
@@ -54,18 +64,21 @@ def batch_gauss_newton_extremes(largest: Any, noise: Any, ratio: Any) -> GaussNe
       >>> batch.overlap.tolist()
       [0.9264705777168274, 0.375, 0.0]
 
-    Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092; the spiked covariance is standard.
+    Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092; the spiked covariance is standard, the
+    Jacobi bulk Wachter's (1980), its outliers ours, by free multiplication.
     """
-    value, level, gamma = float32_arrays(largest, noise, ratio)
-    level, gamma = jnp.maximum(level, 0.0), jnp.maximum(gamma, 0.0)
-    spread = root(gamma)
-    seen, gap = _gap(value, level, spread)
-    top = jnp.where(seen, value * (1.0 + gamma * level / gap), level * jnp.square(1.0 + spread))
-    bottom = jnp.where(gamma > 1.0, 0.0, level * jnp.square(1.0 - spread))
-    return GaussNewtonExtremes(top, bottom, _overlap(value, level, gamma))
+    _validate.between("batch_gauss_newton_extremes", 0.0, 1.0, dataset_ratio=dataset_ratio)
+    value, level, gamma, share = float32_arrays(largest, noise, ratio, dataset_ratio)
+    bulk = _Bulk.of(level, gamma, share)
+    seen, gap = bulk.gap(value)
+    top = jnp.where(seen, value * (1.0 + bulk.gamma * bulk.level / gap), bulk.edge)
+    bottom = jnp.where(bulk.gamma > 1.0, 0.0, bulk.level * jnp.square(1.0 - root(bulk.gamma)))
+    return GaussNewtonExtremes(top, bottom, bulk.overlap(value))
 
 
-def full_gauss_newton_extremes(largest: Any, noise: Any, ratio: Any) -> GaussNewtonExtremes:
+def full_gauss_newton_extremes(
+    largest: Any, noise: Any, ratio: Any, *, dataset_ratio: Any = 0.0
+) -> GaussNewtonExtremes:
     """Outermost eigenvalues of the full Gauss-Newton matrix, from the λ₁′ of one batch: the inverse map.
 
     λ₁ = (c + √(c² − 4λ₁′σ²)) / 2 with c = λ₁′ + σ² − γσ² if λ₁′ > σ²(1 + √γ)². Otherwise the batch shows
@@ -75,10 +88,14 @@ def full_gauss_newton_extremes(largest: Any, noise: Any, ratio: Any) -> GaussNew
       largest: λ₁′, largest eigenvalue of the batch's matrix.
       noise: σ², the level of one direction; negative counts as 0.
       ratio: γ = P/𝔟 ≥ 0, as for `batch_gauss_newton_extremes`.
+      dataset_ratio: g = P/N in [0, 1), likewise.
 
     Returns:
       `GaussNewtonExtremes` of the full matrix, whose bulk is at σ²; float32, in the shape to which the
       arguments broadcast. A NaN argument makes NaN what depends on it.
+
+    Raises:
+      ValueError: a `dataset_ratio` outside [0, 1), given as a number.
 
     Example:
       >>> full = full_gauss_newton_extremes(10.0, 1.0, 4.0)
@@ -87,18 +104,25 @@ def full_gauss_newton_extremes(largest: Any, noise: Any, ratio: Any) -> GaussNew
 
     Source: inverse of `batch_gauss_newton_extremes`; the bound below the edge is ours.
     """
-    value, level, gamma = float32_arrays(largest, noise, ratio)
-    level, gamma = jnp.maximum(level, 0.0), jnp.maximum(gamma, 0.0)
-    spread = root(gamma)
+    _validate.between("full_gauss_newton_extremes", 0.0, 1.0, dataset_ratio=dataset_ratio)
+    value, level, gamma, share = float32_arrays(largest, noise, ratio, dataset_ratio)
+    bulk = _Bulk.of(level, gamma, share)
+    spread = root(bulk.gamma)
     # λ₁ by how far λ₁′ is above the edge: c² − 4λ₁′σ² is the product of the distances to both edges.
-    excess = jnp.maximum(value - level * jnp.square(1.0 + spread), 0.0)
-    distance = root(excess * (excess + 4.0 * level * spread))
-    top = level * (1.0 + spread) + (excess + distance) / 2.0
-    return GaussNewtonExtremes(top, level, _overlap(top, level, gamma))
+    excess = jnp.maximum(value - bulk.level * jnp.square(1.0 + spread), 0.0)
+    distance = root(excess) * root(excess + 4.0 * bulk.level * spread)
+    top = bulk.level * (1.0 + spread) + (excess + distance) / 2.0
+    top = jnp.maximum(top, bulk.hidden)
+    return GaussNewtonExtremes(top, jnp.maximum(level, 0.0), bulk.overlap(top))
 
 
 def gauss_newton_noise(
-    batch_sizes: Any, extremes: Any, largest: Any, *, num_parameters: Any = 1
+    batch_sizes: Any,
+    extremes: Any,
+    largest: Any,
+    *,
+    num_parameters: Any = 1,
+    dataset_ratio: Any = 0.0,
 ) -> jax.Array:
     """σ² of `batch_gauss_newton_extremes`, fitted to the λ₁′ of batches of two to four sizes.
 
@@ -115,14 +139,16 @@ def gauss_newton_noise(
       extremes: λ₁′ at each of them, `[..., k]`; over several batches of a size, their mean.
       largest: λ₁ of the full matrix, `[...]`.
       num_parameters: P > 0, the directions that the noise fills, at most the number of parameters.
+      dataset_ratio: g = P/N in [0, 1), as for `batch_gauss_newton_extremes`; then each size gives
+        λ₁ r/(γ + (1 − g) r), or λ₁′ over the edge for σ² = 1.
 
     Returns:
       σ² ≥ 0, float32 `[...]`: 0 where the batches are no sharper than the full matrix. NaN where an
       argument is.
 
     Raises:
-      ValueError: `num_parameters` is a number that is not positive; `batch_sizes` and `extremes` differ
-        in shape, or have no axis.
+      ValueError: `num_parameters` or `dataset_ratio` is a number out of range; `batch_sizes` and
+        `extremes` differ in shape, or have no axis.
 
     Example:
       >>> sizes = jnp.array([64.0, 256.0, 1024.0])
@@ -135,6 +161,7 @@ def gauss_newton_noise(
     Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092, fit σ²; this way of fitting is ours.
     """
     _validate.positive("gauss_newton_noise", num_parameters=num_parameters)
+    _validate.between("gauss_newton_noise", 0.0, 1.0, dataset_ratio=dataset_ratio)
     sizes, tops = (jnp.asarray(x, jnp.float32) for x in (batch_sizes, extremes))
     if sizes.shape != tops.shape or not tops.shape:
         raise ValueError(
@@ -142,16 +169,18 @@ def gauss_newton_noise(
             f"{sizes.shape} and {tops.shape}"
         )
     value = jnp.asarray(largest, jnp.float32)[..., None]
-    sizes, tops, value, count = float32_arrays(sizes, tops, value, num_parameters)
+    sizes, tops, value, count, share = float32_arrays(
+        sizes, tops, value, num_parameters, dataset_ratio
+    )
     gamma = count / sizes
-    spread = root(gamma)
-    seen = ~(tops >= value * (1.0 + spread))
+    bulk = _Bulk.of(jnp.ones_like(gamma), gamma, share)  # for σ² = 1
+    seen = ~(tops >= value * (bulk.edge / bulk.hidden))
     safe = jnp.where(seen & ~(value <= 0), value, 1.0)
     rise = (tops - safe) / safe
     # Odd in the rise: measurements below λ₁ by chance average out instead of adding a bias.
-    total = gamma + jnp.abs(rise)
+    total = gamma + (1.0 - share) * jnp.abs(rise)
     above = safe * rise / jnp.where(total == 0, 1.0, total)
-    estimates = jnp.where(seen, above, tops / jnp.square(1.0 + spread))
+    estimates = jnp.where(seen, above, tops / bulk.edge)
     pull = gamma / jnp.where(tops == 0, 1.0, jnp.abs(tops))
     strongest = jnp.max(pull, axis=-1, keepdims=True)  # divided by, so that no square overflows
     weights = jnp.square(pull / jnp.where(strongest == 0, 1.0, strongest))
@@ -159,14 +188,33 @@ def gauss_newton_noise(
     return jnp.maximum(jnp.sum(weights * estimates, axis=-1), 0.0)
 
 
-def _gap(value: jax.Array, level: jax.Array, spread: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether λ₁ stands out of the noise, and λ₁ − σ² there (1 elsewhere, safe to divide by)."""
-    seen = ~(value <= level * (1.0 + spread))  # a NaN stays one
-    return seen, jnp.where(seen, value - level, 1.0)
+class _Bulk(NamedTuple):
+    """What a batch's bulk has in common with Marchenko and Pastur's, and where it ends."""
 
+    level: jax.Array  # σ²(1 − g)
+    gamma: jax.Array  # γ/(1 − g)
+    hidden: jax.Array  # λ₁ up to which a batch does not show it …
+    edge: jax.Array  # … and the largest eigenvalue that it then has
 
-def _overlap(value: jax.Array, level: jax.Array, gamma: jax.Array) -> jax.Array:
-    seen, gap = _gap(value, level, root(gamma))
-    share = level / gap
-    overlap = (1.0 - gamma * jnp.square(share)) / (1.0 + gamma * share)
-    return jnp.where(seen, jnp.maximum(overlap, 0.0), 0.0)
+    @classmethod
+    def of(cls, level: jax.Array, gamma: jax.Array, share: jax.Array) -> _Bulk:
+        level, gamma = jnp.maximum(level, 0.0), jnp.maximum(gamma, 0.0)
+        share = jnp.clip(share, 0.0, 1.0 - 1e-6)
+        inner, wider = level * (1.0 - share), gamma / (1.0 - share)
+        hidden = inner * (1.0 + root(wider))
+        whole = level > hidden  # directions that lie in the batch as a whole
+        strength = 1.0 + gamma / jnp.where(whole, share, 1.0)
+        edge = jnp.where(whole, level * strength, inner * jnp.square(1.0 + root(wider)))
+        return cls(inner, wider, jnp.where(whole, level, hidden), edge)
+
+    def gap(self, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Whether λ₁ stands out of the noise, and λ₁ − σ²(1 − g) there (1 elsewhere, safe to divide by)."""
+        seen = ~(value <= self.hidden)  # a NaN stays one
+        return seen, jnp.where(seen, value - self.level, 1.0)
+
+    def overlap(self, value: jax.Array) -> jax.Array:
+        """∂ log λ₁′ / ∂ log λ₁, which is the squared overlap."""
+        seen, gap = self.gap(value)
+        share = self.level / gap
+        overlap = (1.0 - self.gamma * jnp.square(share)) / (1.0 + self.gamma * share)
+        return jnp.where(seen, jnp.maximum(overlap, 0.0), 0.0)

@@ -60,6 +60,46 @@ def test_as_simulated(largest, noise, batch):
     np.testing.assert_allclose(found.overlap, overlap, atol=0.03)
 
 
+@pytest.mark.parametrize(
+    ("largest", "batch"), [(1.0, 100), (1.0, 400), (1.0, 760), (3.0, 400), (3.0, 600), (1.5, 760)]
+)
+def test_near_the_whole_data_set_as_simulated(largest, batch):
+    """Rows without replacement out of 800 in 200 dimensions, whose matrix is I but for one outlier."""
+    directions, total = 200, 800
+    rng, seen = np.random.default_rng(batch), []
+    for _ in range(4):
+        rows = np.linalg.qr(rng.normal(size=(total, directions)))[0] * np.sqrt(total)
+        rows[:, 0] *= np.sqrt(largest)
+        part = rows[rng.permutation(total)[:batch]]
+        values, vectors = np.linalg.eigh(part.T @ part / batch)
+        seen.append((values[-1], max(values[0], 0.0), vectors[0, -1] ** 2))
+    ratio = directions * (1 / batch - 1 / total)
+    found = batch_gauss_newton_extremes(largest, 1.0, ratio, dataset_ratio=directions / total)
+    top, bottom, overlap = np.mean(seen, axis=0)
+    np.testing.assert_allclose(found.largest, top, rtol=0.03)
+    np.testing.assert_allclose(found.smallest, bottom, rtol=0.05, atol=0.01)
+    np.testing.assert_allclose(found.overlap, overlap, atol=0.03)
+
+
+@given(value=values, noise=noises, batch=st.integers(1, 799), share=st.floats(0.0, 0.9))
+def test_near_the_whole_data_set_the_maps_are_inverse_and_the_fit_is_exact(
+    value, noise, batch, share
+):
+    ratio, options = 800 * share * (1 / batch - 1 / 800), dict(dataset_ratio=share)
+    found = batch_gauss_newton_extremes(value, noise, ratio, **options)
+    full = full_gauss_newton_extremes(found.largest, noise, ratio, **options)
+    if found.overlap > 0.05:
+        np.testing.assert_allclose(full.largest, value, rtol=1e-3)
+        np.testing.assert_allclose(full.overlap, found.overlap, atol=1e-2)
+    else:
+        assert full.largest >= value * (1 - 1e-3)
+    if share > 0.01 and ratio > 0.01:
+        fit = gauss_newton_noise(
+            [share / ratio], [found.largest], value, num_parameters=share, **options
+        )
+        assert found.overlap <= 0.05 or value < noise or np.isclose(fit, noise, rtol=0.02)
+
+
 @given(value=values, noise=noises, ratio=ratios)
 def test_by_definition(value, noise, ratio):
     found = batch_gauss_newton_extremes(value, noise, ratio)
