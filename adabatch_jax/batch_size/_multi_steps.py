@@ -10,6 +10,7 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes
+from adabatch_jax._dropped import state_after_dropped_step
 from adabatch_jax._tree import cast_like, wide, widen
 from adabatch_jax.batch_size._at_most_once import at_most_once, unmoved
 from adabatch_jax.batch_size._call import check_call, given_call, measure_call
@@ -280,7 +281,8 @@ def adaptive_multi_steps(
             )
             if may_return:  # a lost batch may only lead back
                 kept = ~lost | (_returns_made(new) > returns)
-                new = jax.tree.map(lambda x, y: jnp.where(kept, x, y), new, inner)
+                dropped = state_after_dropped_step(inner, new)
+                new = jax.tree.map(lambda x, y: jnp.where(kept, x, y), new, dropped)
             return new_updates, new
 
         new_updates, inner = at_most_once(emit, act, updates, state.inner_opt_state)

@@ -24,6 +24,9 @@ from adabatch_jax.noise._clock import advance, as_float, zero_clock
 
 PyTree = Any
 SMOOTHERS = {"rbf": rbf_smoother, "quasisep": quasisep_smoother}
+MAX_SETBACKS = (
+    6  # the rate falls to 1/64 of the peak: too high by more than that it cannot have been
+)
 
 
 def scale_by_autowu(
@@ -203,6 +206,7 @@ def scale_by_autowu(
             tests_made=count(),
             failed_draws=count(),
             nonfinite_losses=count(),
+            exploded_losses=count(),
             setbacks=count(),
         )
 
@@ -229,6 +233,10 @@ def scale_by_autowu(
                 "optimizer.update(gradient, state, params, value=loss)"
             )
         loss = jnp.asarray(value).astype(jnp.float32)
+        if loss.ndim:
+            raise ValueError(
+                f"scale_by_autowu: value= must be one loss, a scalar, got shape {loss.shape}"
+            )
         if axes:
             loss = jax.lax.pmean(to_varying(loss, checked_axes(axes)), axes)
         increment = _increment(plan, noise, num_examples)
@@ -245,13 +253,15 @@ def scale_by_autowu(
         phase = jnp.where(rises, int(AutowuPhase.WARMUP), phase).astype(jnp.int32)
 
         finite = jnp.isfinite(loss)
-        kept, diverged, level = loss, jnp.zeros((), bool), state.loss_level
+        kept, left_out, diverged = loss, ~finite, jnp.zeros((), bool)
+        level = state.loss_level
         if isinstance(level, LossLevel):
-            level, kept, diverged = follow(level, loss, position, rises)
+            level, kept, left_out, diverged = follow(level, loss, position, rises)
         length = state.step_length
         if isinstance(length, StepLength) and not warmup_over:
             length = measure(length, updates, params, max_relative_step, rises)
         setback = diverged & ~rises & (finite | state.warmup_ended_lately())
+        setback &= state.setbacks < MAX_SETBACKS
         since = state.since_test + jnp.maximum(increment, 0).astype(jnp.uint32)
         state = state._replace(
             autowu_learning_rate=rate,
@@ -260,10 +270,11 @@ def scale_by_autowu(
             autowu_clock=clock,
             first_increment=first.astype(jnp.int32),
             since_test=since % np.uint32(plan.interval),
-            loss_history=record(state.loss_history, kept, position, finite & rises),
+            loss_history=record(state.loss_history, kept, position, ~left_out & rises),
             loss_level=level,
             step_length=length,
             nonfinite_losses=state.nonfinite_losses + (~finite).astype(jnp.int32),
+            exploded_losses=state.exploded_losses + (left_out & finite).astype(jnp.int32),
             setbacks=state.setbacks + setback.astype(jnp.int32),
         )
 
@@ -296,8 +307,8 @@ def scale_by_autowu(
         ended = jnp.where(quits, reason, state.warmup_end).astype(jnp.int32)
         switches = rises & (ended != WarmupEnd.RUNNING)
         level = state.loss_level
-        if isinstance(level, LossLevel):  # what exploded before the switch is over
-            level = level._replace(average=jnp.where(switches, level.lowest, level.average))
+        if isinstance(level, LossLevel):  # the next loss may be that of other parameters
+            level = level._replace(begun=level.begun & ~switches)
         state = state._replace(
             warmup_end=ended,
             peak_learning_rate=jnp.where(quits, state.bounded(rate), state.peak_learning_rate),
@@ -353,6 +364,8 @@ def _test(
     past = streak >= plan.patience
     rate = state.autowu_learning_rate
     place = draws.location if plan.peak_at == "minimum" else draws.earliest
+    if not gp.looks_ahead:  # no further than the last loss that was not left out
+        place = jnp.minimum(place, x[jnp.maximum(history.entries - 1, 0)])
     peak = mean(plan.between(rate, jnp.maximum(place - delay, 0.0)))
     if isinstance(state.loss_level, LossLevel):  # where the average was lowest, if no draw knows
         lowest = plan.between(rate, state.loss_level.lowest_position / span)

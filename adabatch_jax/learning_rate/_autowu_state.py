@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adabatch_jax.learning_rate._divergence import LossLevel
 from adabatch_jax.learning_rate._loss_history import LossHistory
 from adabatch_jax.learning_rate._step_length import StepLength
 from adabatch_jax.noise._clock import as_float
@@ -64,12 +65,31 @@ class ScaleByAutowuState(NamedTuple):
     tests_made: jax.Array  # int32
     failed_draws: jax.Array  # int32: draws whose factorisation failed: "no" votes
     nonfinite_losses: jax.Array  # int32: left out
+    exploded_losses: jax.Array  # int32: left out for being far above the others
     setbacks: jax.Array  # int32: times the rate was halved after the warm-up
 
     def warmup_ended_lately(self) -> jax.Array:
         """Whether less time has passed since the warm-up than it took."""
         ended = self.warmup_end != WarmupEnd.RUNNING
         return ended & (as_float(self.autowu_clock) <= 2.0 * self.peak_position)
+
+    @property
+    def losses_left_out(self) -> jax.Array:
+        """int32: that were not finite, or far above the others."""
+        return self.nonfinite_losses + self.exploded_losses
+
+    def after_dropped_step(self, after: ScaleByAutowuState) -> ScaleByAutowuState:
+        """This state, with what the one after a dropped step knows of bad losses in a row."""
+        level = self.loss_level
+        if isinstance(level, LossLevel):
+            level = level._replace(bad_in_a_row=LossLevel(*after.loss_level).bad_in_a_row)
+        return self._replace(loss_level=level)
+
+    @property
+    def minimum_found(self) -> jax.Array:
+        """Whether the peak is the rate of a minimum: one that was passed, or lay before an explosion."""
+        exploded = (self.warmup_end == WarmupEnd.DIVERGED) & (self.minimum_location > 0)
+        return (self.warmup_end == WarmupEnd.MINIMUM_PASSED) | exploded
 
     def bounded(self, rate: jax.Array) -> jax.Array:
         """The rate, but no higher than `max_relative_step` lets it be."""
@@ -79,18 +99,19 @@ class ScaleByAutowuState(NamedTuple):
 
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""
-        tested = self.tests_made > 0
         ended = self.warmup_end != WarmupEnd.RUNNING
         return {
             "learning_rate": self.autowu_learning_rate,
             "phase": self.autowu_phase,
             "warmup_end": self.warmup_end,
-            "peak_learning_rate": jnp.where(ended, self.peak_learning_rate, jnp.nan),
-            "minimum_probability": jnp.where(tested, self.minimum_probability, jnp.nan),
-            "minimum_location": jnp.where(tested, self.minimum_location, jnp.nan),
+            "minimum_found": self.minimum_found,
+            "peak_learning_rate": jnp.where(ended, self.peak_learning_rate, 0.0),
+            "minimum_probability": self.minimum_probability,
+            "minimum_location": self.minimum_location,
             "tests_made": self.tests_made,
             "failed_draws": self.failed_draws,
             "nonfinite_losses": self.nonfinite_losses,
+            "exploded_losses": self.exploded_losses,
             "setbacks": self.setbacks,
         }
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 NUM_POINTS = 500  # at which the curve is predicted, both ends of [0, 1] included
 _AS_LOW = 2.0  # standard deviations above the minimum within which a curve counts as low
-_DIFFERENCE_VARIANCE = 1e-4  # added to the variance of a difference, as the paper's code does
+_DIFFERENCE_VARIANCE = 1e-4  # added to the variance of a difference, in units of the smoother
 
 
 class Posterior(NamedTuple):
@@ -56,21 +56,23 @@ def in_floats_of(bits: int) -> Iterator[None]:
         yield
 
 
-def probability_past_minimum(posterior: Posterior) -> jax.Array:
+def probability_past_minimum(posterior: Posterior, unit: Any = 1.0) -> jax.Array:
     """max over i < k of P(Xᵢ < X_k), where X_k is the curve at present.
 
-    Xᵢ − X_k is Gaussian with mean μᵢ − μ_k and variance vᵢ + v_k − 2 cᵢ.
+    Xᵢ − X_k is Gaussian with mean μᵢ − μ_k and variance vᵢ + v_k − 2 cᵢ, to which 1e-4 unit² is added.
+    The paper's code adds 1e-4, for losses of order one.
 
     Source: Kim et al. (2021), arXiv 2107.05855, section 2.
     """
     mean, variance, covariance = posterior
-    difference = variance[:-1] + variance[-1] - 2.0 * covariance[:-1] + _DIFFERENCE_VARIANCE
+    difference = variance[:-1] + variance[-1] - 2.0 * covariance[:-1]
+    difference += _DIFFERENCE_VARIANCE * jnp.square(jnp.asarray(unit).astype(jnp.float32))
     rise = mean[-1] - mean[:-1]
     return jax.scipy.stats.norm.cdf(jnp.max(rise / jnp.sqrt(difference))).astype(jnp.float32)
 
 
-def draw(grid: jax.Array, posterior: Posterior) -> Draws:
-    """Probability and locations from one posterior."""
+def draw(grid: jax.Array, posterior: Posterior, unit: Any = 1.0) -> Draws:
+    """Probability and locations from one posterior of losses of the order of `unit`."""
     lowest = jnp.argmin(posterior.mean)
     as_low = posterior.mean[lowest] + _AS_LOW * jnp.sqrt(posterior.variance[lowest])
     failed = ~jnp.isfinite(posterior.mean).all()
@@ -79,7 +81,7 @@ def draw(grid: jax.Array, posterior: Posterior) -> Draws:
         return jnp.where(failed, jnp.nan, grid[index]).astype(jnp.float32)
 
     return Draws(
-        probability=probability_past_minimum(posterior),
+        probability=probability_past_minimum(posterior, unit),
         location=location(lowest),
         earliest=location(jnp.argmax(posterior.mean <= as_low)),
     )

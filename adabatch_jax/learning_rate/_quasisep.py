@@ -80,7 +80,10 @@ def _test(
     # Decisions have no derivative, and what keeps its batching for itself has no backward pass.
     state, x, y, progress = jax.lax.stop_gradient((state, x, y, progress))
     state = _fit(state, x, y, count, progress)
-    seen = draw(*_posterior(state, x, y, count))
+    log_variance, log_noise, _ = state.parameters
+    unit = jnp.sqrt(jnp.exp(log_variance) + jnp.exp(log_noise))  # whatever the loss is measured in
+    grid, posterior = _posterior(state, x, y, count)
+    seen = draw(grid, posterior, unit)
     # A curve that is lowest where it starts has not fallen yet: what rises is noise.
     has_fallen = ~(seen.location < _LEAST_LOCATION)
     seen = seen._replace(probability=jnp.where(has_fallen, seen.probability, 0.0))
@@ -127,7 +130,8 @@ def _fit(
         *others, log_length_scale = parameters
         return (*others, jnp.clip(log_length_scale, jnp.log(shortest), jnp.log(longest)))
 
-    tiny = jnp.float32(1e-12)
+    # What float32 tells apart; of losses that are all equal there is nothing else to go by.
+    tiny = 1e-12 * jnp.max(jnp.where(here, jnp.square(y), 0.0)) + jnp.finfo(jnp.float32).tiny
     jumps = jnp.sum(jnp.where(here[1:], jnp.square(jnp.diff(y)), 0.0))
     guess: Parameters = (
         jnp.log(jnp.sum(jnp.square(centred)) / n + tiny),

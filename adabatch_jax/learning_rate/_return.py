@@ -52,6 +52,9 @@ def return_to_minimum(
     floating-point numbers, with the counts that correct their bias) go back as well; batch-size
     controller, schedule, clocks, PRNG keys and injected hyperparameters stay.
 
+    A step whose loss AutoWU leaves out, because it is not finite or far above the others, changes neither
+    parameters nor moments.
+
     It must be outermost, because later links would distort the way back; only
     `adaptive_multi_steps` may stand around it. The memory is that of one more set of parameters and
     moments.
@@ -136,9 +139,13 @@ def return_to_minimum(
         best &= ~state.returning
         again = back & any(_is_narrow(u) for u in jax.tree.leaves(updates))
         moves = back | state.returning
+        # What comes with a loss that is left out would spoil parameters and moments.
+        withheld = new.losses_left_out > old.losses_left_out
+        updates = jax.tree.map(lambda u: jnp.where(withheld, jnp.zeros_like(u), u), updates)
+        moments = choose(withheld, _moments(before), _moments(after))
         # The loss that was lowest is that of the parameters before this step.
         way_back = jax.tree.map(_difference, state.snapshot_params, params, updates)
-        moments = choose(moves, state.snapshot_moments, _moments(after))
+        moments = choose(moves, state.snapshot_moments, moments)
         return choose(moves, way_back, updates), ReturnToMinimumState(
             snapshots_taken=state.snapshots_taken + best.astype(jnp.int32),
             returns_made=state.returns_made + back.astype(jnp.int32),

@@ -31,15 +31,19 @@ def measure(
     """With one more direction d: the rate is at most relative_step ‖w‖/‖d‖, if that is a number.
 
     Only parameters w with at least two axes count: biases and the scales of a normalisation start at
-    zero or one whatever the network.
+    zero or one whatever the network. They count as no shorter than half of what keeps the length of what
+    passes through them: those that start smaller are meant to grow, and are no measure of a step.
     """
 
     def with_this(length: StepLength) -> StepLength:
         pairs = zip(jax.tree.leaves(direction), jax.tree.leaves(params), strict=True)
         of_matrices = [(d, w) for d, w in pairs if w.ndim >= 2]
         step, size = (squared_norm([pair[i] for pair in of_matrices]) for i in (0, 1))
-        rate = jnp.asarray(relative_step).astype(jnp.float32) * jnp.sqrt(size / step)
-        known = jnp.isfinite(rate) & (rate > 0)
+        # A matrix of unit gain is √(outputs) long, on whichever axis they lie; half of that is the least.
+        least = 0.25 * sum(min(w.shape[0], w.shape[-1]) for _, w in of_matrices)
+        rate = jnp.sqrt(jnp.maximum(size, jnp.float32(least)) / step)
+        rate *= jnp.asarray(relative_step).astype(jnp.float32)
+        known = jnp.isfinite(rate) & (rate > 0) & (size > 0)
         highest = jnp.where(known, jnp.minimum(length.highest_rate, rate), length.highest_rate)
         # Parameters that begin at zero are as long as their first steps: no measure, now or later.
         return StepLength(jnp.where(size > 0, length.directions_seen + 1, _STEPS), highest)

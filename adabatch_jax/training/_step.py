@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 import adabatch_jax as adabatch
+from adabatch_jax._dropped import state_after_dropped_step
 from adabatch_jax._tree import trainable
 from adabatch_jax.training._stream import masked_mean
 
@@ -122,7 +123,7 @@ def make_update(
         def keep(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
 
-        opt_state = keep(new_state, opt_state)
+        opt_state = keep(new_state, state_after_dropped_step(opt_state, new_state))
         report = {"loss": value, "skipped": ~finite, **adabatch.metrics(opt_state)}
         return keep(new_params, params), opt_state, report
 

@@ -126,10 +126,14 @@ def test_after_a_divergence_everything_is_finite_again(bad):
     params = {"w": jnp.array([1.0, 2.0])}
     state, step = optimizer.init(params), jax.jit(optimizer.update)
     losses = np.where(np.arange(T) < 18, 3.0 - 0.1 * np.arange(T), bad)
-    for t in range(19):
-        gradient = {"w": jnp.full(2, np.nan if t == 18 else 1.0, jnp.float32)}
+    for t in range(20):
+        gradient = {"w": jnp.full(2, np.nan if t >= 18 else 1.0, jnp.float32)}
+        before = params, inner(state)[0]
         updates, state = step(gradient, state, params, value=jnp.float32(losses[t]))
         params = optax.apply_updates(params, updates)
+        if t == 18:  # the first is left out, and what came with it
+            assert int(inner(state)[1].warmup_end) == WarmupEnd.RUNNING
+            jax.tree.map(np.testing.assert_array_equal, (params, inner(state)[0]), before)
     assert int(inner(state)[1].warmup_end) == WarmupEnd.DIVERGED
     for leaf in jax.tree.leaves((params, inner(state)[0])):
         assert np.isfinite(leaf).all()

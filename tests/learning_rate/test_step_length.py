@@ -98,6 +98,15 @@ def test_parameters_that_grow_from_zero_are_no_measure():
     assert float(length.highest_rate) == np.inf
 
 
+def test_parameters_that_begin_small_count_as_half_as_long_as_is_usual():
+    """Else their own smallness would forbid them to grow: √8 / 2 for eight outputs, on either axis."""
+    for shape in ((8, 64), (64, 8)):
+        params, ones = {"w": jnp.full(shape, 1e-3)}, {"w": jnp.ones(shape)}
+        length = measure(no_length(), ones, params, 0.1, jnp.array(True))
+        expected = 0.1 * 0.5 * np.sqrt(8) / np.sqrt(512)
+        np.testing.assert_allclose(length.highest_rate, expected, rtol=1e-5)
+
+
 def test_a_program_for_after_the_warm_up_leaves_the_length_alone():
     options = dict(total_steps=T, steps_per_test=5, max_relative_step=0.002)
     params = {"w": PARAMS["w"]}

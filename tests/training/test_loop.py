@@ -293,7 +293,7 @@ def test_a_step_that_is_not_finite_changes_nothing(digits):
 
 
 def test_a_step_back_is_made_whatever_the_loss_is(digits):
-    """The loss is NaN from one step on: AutoWU's snapshot is restored, and nothing is skipped then."""
+    """The loss is NaN from one step on, which is skipped; at the next AutoWU's snapshot is restored."""
     model = build_model("logistic", 10)
     inputs, labels = (jnp.asarray(v[:64]) for v in (digits.train_inputs, digits.train_labels))
     params = model.init(jax.random.key(0), inputs[:1])["params"]
@@ -307,6 +307,8 @@ def test_a_step_back_is_made_whatever_the_loss_is(digits):
         params, state, report = step(params, state, (inputs, labels), indices, sizes, count)
     assert report["phase"] == AutowuPhase.WARMUP and report["snapshots_taken"] > 0
     broken = jnp.full_like(inputs, jnp.nan), labels
+    params, state, report = step(params, state, broken, indices, sizes, count)
+    assert report["skipped"] and report["warmup_end"] == WarmupEnd.RUNNING
     params, state, report = step(params, state, broken, indices, sizes, count)
     assert not report["skipped"] and report["returns_made"] == 1
     assert report["warmup_end"] == WarmupEnd.DIVERGED

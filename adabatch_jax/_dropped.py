@@ -1,0 +1,30 @@
+"""A step that is dropped, its optimizer state with it, and what a link must remember of it even so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+
+def state_after_dropped_step(before: PyTree, after: PyTree) -> PyTree:
+    """The optimizer state `before` a step that is dropped, with what its links remember of that step.
+
+    AutoWU leaves one loss out that is not finite, and reacts to the second in a row: it could not tell
+    them apart if all of its state went back. A state that has something to remember says so by a method
+    `after_dropped_step(after) -> state`.
+
+    Args:
+      before: state of an optimizer.
+      after: the state that its `update` returned in the step that is dropped.
+    """
+
+    def remembers(x: Any) -> bool:
+        return hasattr(type(x), "after_dropped_step")
+
+    def one(old: Any, new: Any) -> Any:
+        return old.after_dropped_step(new) if remembers(old) else old
+
+    return jax.tree.map(one, before, after, is_leaf=remembers)
