@@ -7,7 +7,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import adabatch_jax
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured = training.report_spectrum(config)
             training.show_spectrum(measured.summary, config.output)
         else:
-            result = training.train(config)
+            with _one_line_warnings():
+                result = training.train(config)
             if result.summary:  # of several processes, the first has it
                 _show(result)
     except (ValueError, OSError) as error:
@@ -84,16 +86,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _spelled_out(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--resume` alone as `--resume always`, which the parser cannot do."""
+    """The arguments with `--resume` alone as `--resume always`, and `--debias`, `--no-debias` alike.
+
+    The parser cannot: left out, they are neither yes nor no.
+    """
+    alone = {"--resume": ["--resume", "always"], "--debias": ["--debias", "True"]}
+    alone["--no-debias"] = ["--debias", "False"]
     spelled: list[str] = []
     for number, argument in enumerate(arguments):
-        spelled.append(argument)
-        if argument == "--resume" and all(a.startswith("--") for a in arguments[number + 1 :][:1]):
-            spelled.append("always")
+        is_alone = all(a.startswith("--") for a in arguments[number + 1 :][:1])
+        spelled += alone.get(argument, [argument]) if is_alone else [argument]
     return spelled
 
 
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Python's warnings as lines of their own, each once, without the place in the code."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        line = " ".join(str(message).split())
+        if line not in told:
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+        told.add(line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
 def _show(result: Any) -> None:
+    from adabatch_jax.training._warmup import tell_warmup
+
     s = result.summary
     bits = f" ({s['bits_per_byte']:.3f} bits per byte)" if "bits_per_byte" in s else ""
     print(
@@ -104,13 +128,7 @@ def _show(result: Any) -> None:
         "them)"
     )
     if "warmup" in s:
-        w = s["warmup"]
-        reason = w["ended"].lower().replace("_", " ")
-        halved = f"; halved {w['setbacks']} × after setbacks" if w["setbacks"] else ""
-        print(
-            f"peak learning rate {w['peak_learning_rate']:.2g}, found in {w['examples']:.0f} examples "
-            f"({reason}{halved})"
-        )
+        print(tell_warmup(s["warmup"]))
     if "curvature" in s:
         c = s["curvature"]
         found = f"largest curvature {c['curvature_largest']:.3g}"
@@ -135,6 +153,7 @@ _NO_NUMBER = (
 _NO_TYPE = (
     r"Error parsing (--\S+): no type matching {None}\|(.+?) could be instantiated from \[(.*?)\]"
 )
+_NO_CHOICE = r"invalid choice (.*) for argument '(--\S+)'\. Expected one of \((.*)\)\."
 _NO_VALUE = r"Missing value for argument .*?(--[\w-]+)"
 
 
@@ -157,6 +176,9 @@ def _unboxed(text: str) -> str:
         return f"{option} must be {kind}, got {value}"
     if found := re.match(_NO_TYPE, said):
         return f"{found[1]} must be {_KINDS.get(found[2], found[2])}, got {found[3]}"
+    if found := re.match(_NO_CHOICE, said):
+        choices = " or ".join(c for c in re.findall(r"'(.*?)'", found[3]) if c != "None")
+        return f"{found[2]} must be {choices}, got {found[1]}"
     if found := re.match(_NO_VALUE, said):
         return f"{found[1]} needs a value"
     said = re.sub(r"^Error parsing (Train|Spectrum)Config: ", "", said)

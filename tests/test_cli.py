@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -51,11 +52,21 @@ def test_help_that_nobody_reads_on_is_no_error(monkeypatch, capsys):
             "--auto decides by itself, leave out --lea",
         ),
         (["train", "--auto", "--criterion", "none"], "leave out --criterion none"),
+        (["train", "--criterion", "none", "--eta", "0.5"], "leave out --eta 0.5"),
+        (["train", "--auto", "--no-debias"], "leave out --no-debias"),
+        (
+            ["train", "--max-batch-size", "8"],
+            "--max-batch-size 8 is below the first batch, 16 by d",
+        ),
+        (["train", "--debias", "perhaps"], "--debias must be True or False, got 'perhaps'"),
         (
             ["train", "--schedule", "autowu", "--learning-rate", "1"],
             "leave out --learning-rate 1.0",
         ),
-        (["train", "--schedule", "autowu", "--epochs", "2"], "too short for one test"),
+        (
+            ["train", "--schedule", "autowu", "--epochs", "2"],
+            "train: --schedule autowu with --epochs 2 and --initial-batch-size 16: ",
+        ),
         (["train", "--out", "/dev/null/below"], "--out /dev/null/below cannot be written"),
         (["spectrum", "--wings", "2"], "--wings"),
         (["spectrum", "--batch-sizes", "some"], "--batch-sizes"),
@@ -82,7 +93,42 @@ def test_a_rate_that_was_found_is_told(tmp_path, capsys):
     arguments = ["--schedule", "autowu-improved", "--criterion", "none", "--model", "logistic"]
     assert main(["train", *arguments, "--epochs", "2", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"peak learning rate \S+, found in \d+ examples \((minimum|diverged|at)", said)
+    warmup = json.loads((tmp_path / "summary.json").read_text())["warmup"]
+    assert warmup["minimum_found"] == (warmup["ended"] != "AT_LIMIT")
+    if warmup["minimum_found"]:
+        told = r"peak learning rate \S+, found in \d+ examples \((minimum passed|diverged)"
+    else:
+        told = r"no minimum of the loss was found in the \d+ examples of the warm-up \(at limit"
+    assert re.search(told, said)
+
+
+def test_a_run_too_short_to_search_takes_a_default_says_so_and_learns(tmp_path, capsys):
+    assert main(["train", "--auto", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(
+        "warning: --auto: the run is too short to find a learning rate: 8 ste"
+    )
+    assert said.err.count("\n") == 1
+    assert "no minimum of the loss was found, the run is too short to search: peak l" in said.out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["test_accuracy"] >= 0.937, "three points below the same without --auto"
+    assert (
+        summary["warmup"] | {"ended": "NOT_SEARCHED", "minimum_found": False} == summary["warmup"]
+    )
+    assert summary["config"]["learning_rate"] == summary["warmup"]["peak_learning_rate"] == 0.02
+
+
+def test_a_warning_is_one_line_and_told_once(monkeypatch, capsys):
+    def train(config):
+        for _ in range(2):
+            warnings.warn("two lines\nof text", stacklevel=1)
+        return type("Result", (), {"summary": {}})
+
+    monkeypatch.setattr("adabatch_jax.training.train", train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["train"]) == 0
+    assert capsys.readouterr().err == "warning: two lines of text\n"
 
 
 @pytest.mark.parametrize(

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from pathlib import Path
 from typing import Any
 
-from adabatch_jax import _validate
 from adabatch_jax.optimizers._automatic import BATCH_SIZE_OPTIONS, ETA
-
-IMAGES = ("digits", "mnist", "fashion-mnist")
-DATASETS = (*IMAGES, "text")
-IMAGE_MODELS = ("logistic", "mlp", "cnn", "resnet")
-MODELS = (*IMAGE_MODELS, "transformer")
-DIRECTIONS = ("adadagrad", "adadagrad-norm", "adamw", "adam", "adamp", "sgd", "momentum", "lamb")
-OPTIMIZERS = (*DIRECTIONS, "lanczos-sgd")
-CRITERIA = ("norm", "coordinate-norm", "inner-product", "augmented", "noise-scale", "none")
-SCALINGS = ("none", "linear", "sqrt", "random-matrix")
-SCHEDULES = ("constant", "cosine", "autowu", "autowu-improved")
-FINDS_ITS_RATE = ("autowu", "autowu-improved")
-RESUMES = ("always", "auto", "never")
-# What may change between two parts of one run.
-OUTSIDE_THE_RUN = (
-    *("out", "data_dir", "data_file", "checkpoint_every", "keep", "resume", "tensorboard"),
-    *("devices", "distributed", "coordinator", "num_processes", "process_id", "patience"),
+from adabatch_jax.training._config_check import check_config, check_order
+from adabatch_jax.training._options import (
+    CRITERIA_WITH,
+    ETAS,
+    FINDS_ITS_RATE,
+    FIRST_BATCH_SIZE,
+    LARGEST_BATCH_SIZE,
+    NU,
+    RATES,
+    SEARCH_STEPS,
+    THETA,
+    WARMUPS,
 )
-
-_FIRST_BATCH_SIZE, _LARGEST_BATCH_SIZE = 16, 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,22 +50,25 @@ class TrainConfig:
     criterion: str = "norm"
     """Test that grows the batch: norm, coordinate-norm, inner-product, augmented, noise-scale, or none."""
     eta: float | None = None
-    """Threshold η of norm and coordinate-norm: smaller asks for larger batches (1; with --auto 1.5)."""
-    theta: float = 0.9
-    """Threshold ϑ of inner-product and augmented."""
-    nu: float = 5.84
-    """Threshold ν of augmented, across the gradient."""
-    debias: bool = False
-    """Take the noise out of the squared gradient norm that the test compares with."""
+    """Threshold η of norm and coordinate-norm: smaller asks for larger batches (1, coordinate-norm 2; with
+    --auto half as much again)."""
+    theta: float | None = None
+    """Threshold ϑ of inner-product and augmented (0.9)."""
+    nu: float | None = None
+    """Threshold ν of augmented, across the gradient (5.84)."""
+    debias: bool | None = None
+    """Take the noise out of the squared gradient norm that the test compares with: --debias, or --no-debias
+    (no; with --auto yes)."""
     smoothing: float | None = None
-    """Decay of the average over tests of numerator and denominator, in [0, 1); use with --debias.
-    (--auto: 0.9, de-biased.)"""
+    """Decay of the average over tests of numerator and denominator, in [0, 1). It needs --debias, unless
+    the thresholds are below 1 (none; with --auto 0.9)."""
     growth_limit: float | None = None
     """Largest factor by which one test may enlarge the batch (no limit; with --auto 1.1)."""
     noise_groups: int = 8
-    """Least number of groups per step from which the noise is measured."""
+    """Least number of groups per step: the noise is measured between them, and the devices share them."""
     initial_batch_size: int | None = None
-    """Examples of the first step (16; with --auto 1/256 of the data, between 16 and 256)."""
+    """Examples of the first step (16; with --auto 1/256 of the data, between 16 and 256, or less where the
+    run has too few steps of that size to find its rate)."""
     max_batch_size: int | None = None
     """Largest batch size (512; with --auto a quarter of the data, at most 8192)."""
     max_micro_batch_size: int = 1024
@@ -83,7 +78,8 @@ class TrainConfig:
     random-matrix: up to the batch size where curvature takes over from noise, which is measured
     (sqrt; with --auto by the kind of optimizer, with lanczos-sgd none)."""
     learning_rate: float | None = None
-    """Learning rate at the initial batch size (0.02). AutoWU and lanczos-sgd find their own."""
+    """Learning rate at the initial batch size (by optimizer: adadagrad and momentum 0.02, adadagrad-norm 2,
+    adam, adamw and adamp 0.004, sgd 0.2, lamb 0.01). AutoWU and lanczos-sgd find their own."""
     schedule: str | None = None
     """Learning rate over examples: constant, cosine, autowu (the paper's) or autowu-improved (cosine)."""
     curvature_examples: int | None = None
@@ -127,131 +123,42 @@ class TrainConfig:
     """Processes in the run, with --coordinator."""
     process_id: int | None = None
     """Which of them this is, from 0, with --coordinator."""
-    patience: int = 60
-    """Seconds without a sign of life after which a process counts as dead, and the others stop."""
+    patience: int | None = None
+    """Seconds without a sign of life after which a process counts as dead, and the others stop (60)."""
 
     def __post_init__(self) -> None:
         """Checks every field, before anything is loaded or written."""
-        where = "train"
-        for name, choices in (
-            ("dataset", DATASETS),
-            ("model", MODELS),
-            ("optimizer", OPTIMIZERS),
-            ("criterion", CRITERIA),
-            ("scaling", SCALINGS),
-            ("schedule", SCHEDULES),
-            ("resume", RESUMES),
-            ("distributed", ("auto",)),
-        ):
-            if getattr(self, name) is not None:
-                _validate.one_of(where, choices, **flag(name, getattr(self, name)))
-        for name in ("eta", "theta", "nu", "learning_rate"):
-            if getattr(self, name) is not None:
-                _validate.positive(where, **flag(name, getattr(self, name)))
-        for name in (
-            "noise_groups",
-            "initial_batch_size",
-            "max_batch_size",
-            "max_micro_batch_size",
-            "curvature_examples",
-            "refresh_every",
-            "epochs",
-            "steps_per_call",
-            "checkpoint_every",
-            "keep",
-            "devices",
-            "num_processes",
-            "patience",
-        ):
-            if getattr(self, name) is not None:
-                _validate.positive_int(where, **flag(name, getattr(self, name)))
-        self._check_rate()
-        for name in ("seed", "lag"):
-            _validate.between(where, 0, 2**32, **flag(name, getattr(self, name)))
-        if self.noise_groups < 2:
-            raise ValueError(f"train: --noise-groups must be at least 2, got {self.noise_groups}")
-        first, largest = self.initial_batch_size, self.max_batch_size
-        if not self.auto:  # with --auto the sizes left out depend on the data
-            first, largest = first or _FIRST_BATCH_SIZE, largest or _LARGEST_BATCH_SIZE
-        if largest and largest > 2**30:
-            raise ValueError(f"train: --max-batch-size must be at most 2**30, got {largest}")
-        if first and largest and first > largest:
-            raise ValueError(
-                f"train: --initial-batch-size {first} exceeds --max-batch-size {largest}"
-            )
-        if first and first < 2 and self.criterion != "none":
-            raise ValueError(
-                "train: --initial-batch-size must be at least 2 for the noise of a gradient to be "
-                f"seen, got {first}"
-            )
-        if self.smoothing is not None:
-            _validate.between(where, 0.0, 1.0, **flag("smoothing", self.smoothing))
-        if self.growth_limit is not None and not self.growth_limit > 1:
-            raise ValueError(f"train: --growth-limit must exceed 1, got {self.growth_limit}")
-        self._check_processes()
-        self._check_data()
-
-    def _check_rate(self) -> None:
-        """No learning rate, or rule for it, beside one that is found."""
-
-        def refuse(reason: str, *names: str) -> None:
-            for name in names:
-                if getattr(self, name) is not None:
-                    given = f"{_spelled(name)} {getattr(self, name)}"
-                    raise ValueError(f"train: {reason}, leave out {given}")
-
-        if self.auto:
-            refuse("--auto decides by itself", "learning_rate", "schedule", "scaling")
-            if self.criterion == "none":
-                refuse("--auto decides by itself", "criterion")
-        if self.schedule in FINDS_ITS_RATE:
-            refuse(f"--schedule {self.schedule} finds the learning rate", "learning_rate")
-        if self.optimizer == "lanczos-sgd":
-            found = "--optimizer lanczos-sgd finds the learning rate"
-            refuse(found, "learning_rate", *(["scaling"] if self.scaling != "none" else []))
-            if self.auto:
-                raise ValueError(f"train: {found}, leave out --auto")
-            if self.schedule in FINDS_ITS_RATE:
-                refuse(found, "schedule")
-        if not self.measures_curvature:
-            needs = "only --optimizer lanczos-sgd and --scaling random-matrix measure the curvature"
-            refuse(needs, "curvature_examples", "refresh_every")
-
-    def _check_data(self) -> None:
-        """Where the data are, and a model that can read them."""
-        text = self.dataset == "text"
-        if text and self.data_file is None:
-            raise ValueError("train: --dataset text needs --data-file")
-        if not text and self.data_file is not None:
-            raise ValueError(f"train: --data-file has no meaning for --dataset {self.dataset}")
-        if self.data_dir is not None and self.dataset in ("digits", "text"):
-            raise ValueError(f"train: --data-dir has no meaning for --dataset {self.dataset}")
-        if text != (self.model == "transformer"):
-            raise ValueError(
-                f"train: --model {self.model} does not read --dataset {self.dataset}: text goes with "
-                "transformer, images with the others"
-            )
-
-    def _check_processes(self) -> None:
-        """All of --coordinator, --num-processes and --process-id, or none."""
-        by_hand = ("coordinator", "num_processes", "process_id")
-        given = [name for name in by_hand if getattr(self, name) is not None]
-        if self.distributed is not None and given:
-            name = _spelled(given[0])
-            raise ValueError(f"train: --distributed auto finds it by itself, leave out {name}")
-        if given and len(given) < len(by_hand):
-            missing = ", ".join(_spelled(name) for name in by_hand if name not in given)
-            raise ValueError(f"train: {_spelled(given[0])} needs {missing}, too")
-        if self.process_id is not None:
-            number = self.num_processes or 1
-            _validate.between("train", 0, number, **flag("process_id", self.process_id))
-        if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
-            raise ValueError(f"train: --coordinator must be HOST:PORT, got {self.coordinator!r}")
+        check_config(self)
 
     @property
     def measures_curvature(self) -> bool:
         """Whether something in the chain needs the loss on a curvature batch."""
         return self.optimizer == "lanczos-sgd" or self.scaling == "random-matrix"
+
+    @property
+    def thresholds(self) -> dict[str, float | None]:
+        """Those of the criterion, given or by default; None for those that it does not have."""
+        eta = ETAS.get(self.criterion, 0.0) * (ETA if self.auto else 1.0)
+        values = {"eta": eta, "theta": THETA, "nu": NU}
+        return {
+            name: (getattr(self, name) or values[name]) if self.criterion in criteria else None
+            for name, criteria in CRITERIA_WITH.items()
+        }
+
+    @property
+    def averaging(self) -> tuple[float | None, bool]:
+        """Decay of the average over tests, and whether the noise is taken out, given or by default."""
+        smoothing, debias = self.smoothing, self.debias
+        if self.auto and smoothing is None:
+            smoothing = BATCH_SIZE_OPTIONS["smoothing"]
+        return smoothing, self.auto if debias is None else debias
+
+    def search_steps(self, num_examples: int) -> int | None:
+        """Steps of the first batch that fit into the warm-up that finds the rate; None if none does."""
+        share = WARMUPS.get("auto" if self.auto else self.schedule or "")
+        if share is None or self.initial_batch_size is None:
+            return None
+        return int(share * self.epochs * num_examples) // self.initial_batch_size
 
     def resolved(self, num_examples: int) -> TrainConfig:
         """Every option that was left out, filled in: some defaults depend on others and on the data.
@@ -261,53 +168,77 @@ class TrainConfig:
 
         Returns:
           A configuration whose numbers are those of the run. With `auto`, learning_rate, schedule and
-          scaling stay None: they are found.
+          scaling stay None: they are found. A run too short for that has the default rate of its
+          optimizer instead, and `auto` is False; `too_short` says so in words.
 
         Raises:
-          ValueError: the sizes contradict each other.
+          ValueError: the sizes contradict each other; the run is too short for its `schedule`.
+        """
+        values: dict[str, Any] = dict(
+            **self.thresholds,
+            debias=self.criterion == "noise-scale",
+            initial_batch_size=FIRST_BATCH_SIZE,
+            max_batch_size=LARGEST_BATCH_SIZE,
+            scaling="sqrt",
+            schedule="cosine",
+            learning_rate=None if self.schedule in FINDS_ITS_RATE else RATES.get(self.optimizer),
+        )
+        if self.optimizer == "lanczos-sgd":
+            values.update(scaling="none", learning_rate=None)
+        if self.criterion == "none":
+            values.update(max_batch_size=self.initial_batch_size or FIRST_BATCH_SIZE)
+        if self.auto:
+            values = {**self.thresholds, **self._automatic_sizes(num_examples)}
+            values.update(BATCH_SIZE_OPTIONS)
+        if self.measures_curvature:
+            measured = min(self.curvature_examples or 256, num_examples)
+            values["curvature_examples"] = measured
+            values["refresh_every"] = max(min(400 * measured, self.epochs * num_examples // 3), 1)
+        left_out = {k: v for k, v in values.items() if getattr(self, k) is None}
+        found = dataclasses.replace(self, **left_out)
+        steps = found.search_steps(num_examples)
+        if steps is None or steps >= SEARCH_STEPS:
+            return found
+        if found.auto:
+            return dataclasses.replace(found, auto=False).resolved(num_examples)
+        raise ValueError(
+            f"train: --schedule {found.schedule} has {steps} steps of --initial-batch-size "
+            f"{found.initial_batch_size} in its warm-up, too short for one test of the loss: it needs "
+            f"{SEARCH_STEPS}, so give more --epochs or a smaller --initial-batch-size"
+        )
+
+    def _automatic_sizes(self, num_examples: int) -> dict[str, Any]:
+        """What --auto takes for the sizes that are left out.
+
+        Raises:
+          ValueError: one that is given does not go with them.
         """
 
         def power_of_two(number: float) -> int:
             return 2 ** round(math.log2(max(number, 1.0)))
 
-        values: dict[str, Any] = dict(
-            eta=1.0,
-            initial_batch_size=_FIRST_BATCH_SIZE,
-            max_batch_size=_LARGEST_BATCH_SIZE,
-            scaling="sqrt",
-            schedule="cosine",
-            learning_rate=None if self.schedule in FINDS_ITS_RATE else 0.02,
+        searched = int(WARMUPS["auto"] * self.epochs * num_examples) // SEARCH_STEPS
+        first = min(power_of_two(num_examples / 256), 2 ** (max(searched, 1).bit_length() - 1), 256)
+        given = self.initial_batch_size, self.max_batch_size
+        first = given[0] or max(first, FIRST_BATCH_SIZE)
+        largest = max(min(power_of_two(num_examples / 4), 8192), first)
+        check_order(first, given[1] or largest, given, " with --auto")
+        return {"initial_batch_size": first, "max_batch_size": largest}
+
+    def too_short(self, num_examples: int) -> str | None:
+        """Says in words that --auto has to do without a search for the rate; None where it has not."""
+        found = self.resolved(num_examples)
+        if not self.auto or found.auto:
+            return None
+        steps = dataclasses.replace(self, initial_batch_size=found.initial_batch_size)
+        return (
+            f"the run is too short to find a learning rate: {steps.search_steps(num_examples)} steps of "
+            f"--initial-batch-size {found.initial_batch_size} in the tenth of it that --auto searches "
+            f"in, {SEARCH_STEPS} are needed; it goes on at {found.learning_rate:g}, the default of "
+            f"--optimizer {self.optimizer}"
         )
-        if self.optimizer == "lanczos-sgd":
-            values.update(scaling="none", learning_rate=None)
-        if self.auto:
-            first = min(max(power_of_two(num_examples / 256), 16), 256)
-            first = self.initial_batch_size or first
-            largest = min(max(power_of_two(num_examples / 4), first), 8192)
-            values = dict(
-                eta=ETA,
-                initial_batch_size=first,
-                max_batch_size=max(largest, first),
-                **BATCH_SIZE_OPTIONS,
-            )
-        if self.measures_curvature:
-            measured = min(self.curvature_examples or 256, num_examples)
-            values["curvature_examples"] = measured
-            values["refresh_every"] = max(min(400 * measured, self.epochs * num_examples // 3), 1)
-        left_out = {k: v for k, v in values.items() if getattr(self, k) in (None, False)}
-        return dataclasses.replace(self, **left_out)
 
     @property
     def output(self) -> Path:
         """The folder for results."""
         return Path("runs", self.dataset) if self.out is None else Path(self.out)
-
-
-def _spelled(name: str) -> str:
-    """The field as the command spells it."""
-    return "--" + name.replace("_", "-")
-
-
-def flag(name: str, value: Any) -> dict[str, Any]:
-    """The field for `_validate`, as the command spells it."""
-    return {_spelled(name): value}

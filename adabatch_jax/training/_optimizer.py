@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import optax
@@ -19,8 +20,10 @@ def build_criterion(config: TrainConfig) -> adabatch.Criterion | None:
     makers: dict[str, Callable[[], adabatch.Criterion | None]] = {
         "norm": lambda: adabatch.norm_test(known(config.eta)),
         "coordinate-norm": lambda: adabatch.coordinate_norm_test(known(config.eta)),
-        "inner-product": lambda: adabatch.inner_product_test(config.theta),
-        "augmented": lambda: adabatch.augmented_inner_product_test(config.theta, config.nu),
+        "inner-product": lambda: adabatch.inner_product_test(known(config.theta)),
+        "augmented": lambda: adabatch.augmented_inner_product_test(
+            known(config.theta), known(config.nu)
+        ),
         "noise-scale": adabatch.gradient_noise_scale,
         "none": lambda: None,
     }
@@ -68,17 +71,18 @@ def build_optimizer(
     config = config.resolved(total_examples // config.epochs)
     first, largest = known(config.initial_batch_size), known(config.max_batch_size)
     if config.auto:
-        return adabatch.automatic(
-            build_direction(config.optimizer),
-            total_examples=total_examples,
-            initial_batch_size=first,
-            max_batch_size=largest,
-            criterion=build_criterion(config),
-            autowu_options={"warmup_over": warmup_over},
-            smoothing=config.smoothing,
-            debias=config.debias,
-            growth_limit=config.growth_limit,
-        )
+        with _in_options("--auto", config):
+            return adabatch.automatic(
+                build_direction(config.optimizer),
+                total_examples=total_examples,
+                initial_batch_size=first,
+                max_batch_size=largest,
+                criterion=build_criterion(config),
+                autowu_options={"warmup_over": warmup_over},
+                smoothing=config.smoothing,
+                debias=bool(config.debias),
+                growth_limit=config.growth_limit,
+            )
     criterion = build_criterion(config)
     constant = criterion is None
     rules = {"linear": adabatch.linear_scaling, "sqrt": adabatch.sqrt_scaling}
@@ -91,7 +95,7 @@ def build_optimizer(
             initial_batch_size=first,
             max_batch_size=first if constant else largest,
             smoothing=config.smoothing,
-            debias=config.debias,
+            debias=bool(config.debias),
             growth_limit=config.growth_limit,
         )
     ]
@@ -117,12 +121,28 @@ def build_optimizer(
         links.append(link)
     if config.schedule == "autowu":  # a test per epoch, as in the paper
         epoch = total_examples // config.epochs
-        link = adabatch.scale_by_autowu(total_examples=total_examples, examples_per_test=epoch)
+        with _in_options("--schedule autowu", config):
+            link = adabatch.scale_by_autowu(total_examples=total_examples, examples_per_test=epoch)
         return optax.chain(*links, link)
     if config.schedule == "autowu-improved":
-        link = adabatch.scale_by_improved_autowu(total_examples=total_examples, direction=direction)
+        with _in_options("--schedule autowu-improved", config):
+            link = adabatch.scale_by_improved_autowu(
+                total_examples=total_examples, direction=direction
+            )
         return adabatch.return_to_minimum(optax.chain(*links, link))
     schedule: float | optax.Schedule = known(config.learning_rate)
     if config.schedule == "cosine":
         schedule = optax.cosine_decay_schedule(schedule, total_examples)
     return optax.chain(*links, adabatch.scale_by_example_schedule(schedule))
+
+
+@contextlib.contextmanager
+def _in_options(what: str, config: TrainConfig) -> Iterator[None]:
+    """What a schedule refuses, with the options that decide about its length before it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"train: {what} with --epochs {config.epochs} and --initial-batch-size "
+            f"{config.initial_batch_size}: {error}"
+        ) from error

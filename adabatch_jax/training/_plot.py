@@ -46,6 +46,7 @@ def plot_run(
     *,
     title: str = "",
     smoothed: SmoothedLosses | None = None,
+    note: str = "",
     path: PathLike | None = None,
 ) -> Figure:
     """Draws a run in three panels over a shared axis of examples.
@@ -58,6 +59,7 @@ def plot_run(
       title: headline of the figure.
       smoothed: what AutoWU saw, from `adabatch_jax.smoothed_losses`, with positions in examples: the
         smoothed loss with its band, and a line through all panels where the warm-up ended.
+      note: a few words about the learning rate, above its panel.
       path: where to save the picture, atomically; its suffix gives the format (default png).
 
     Returns:
@@ -82,6 +84,8 @@ def plot_run(
     _draw_learning_rate(panels[2], data["examples"], data["learning_rate"])
     if smoothed is not None:
         _draw_warmup(panels, smoothed)
+    if note:
+        panels[2].set_title(note, loc="right", fontsize=9.5, color=SOFT)
 
     start, end = _start(data), data["examples"][-1]
     panels[2].set_xlim(start, end + 0.012 * (end - start))
@@ -173,7 +177,9 @@ def _draw_batch_size(axes: Axes, data: Mapping[str, Floats]) -> None:
     axes.plot(
         x[keep], y[keep], color=ORANGE, linewidth=2.0, drawstyle="steps-pre", label="batch size"
     )
-    low, high = float(np.nanmin(y)), float(np.nanmax(y))
+    # The last batch takes what is left of the budget, and says nothing about the sizes.
+    whole = y[:-1] if len(batch_size) > 1 and y[-1] < y[-2] else y
+    low, high = float(np.nanmin(whole)), float(np.nanmax(whole))
     _set_octaves(axes, low, high, log_noise[~np.isnan(log_noise)])
     if low == high:
         _label(axes, x[-1], high, f"{high:,.0f} throughout", ORANGE, "right")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adabatch_jax import _validate
-from adabatch_jax.training._config import IMAGE_MODELS, IMAGES, flag
+from adabatch_jax.training._options import IMAGE_MODELS, IMAGES, flag
 
 MATRICES = ("hessian", "gauss-newton")
 NOISE_PROBES = ("ritz", "random")

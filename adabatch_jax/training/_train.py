@@ -20,19 +20,22 @@ from jax.experimental import multihost_utils
 import adabatch_jax as adabatch
 from adabatch_jax.training._check import check_dataset
 from adabatch_jax.training._checkpoint import save_params
-from adabatch_jax.training._config import FINDS_ITS_RATE, OUTSIDE_THE_RUN, TrainConfig
+from adabatch_jax.training._config import TrainConfig
 from adabatch_jax.training._data import Dataset, load_dataset
 from adabatch_jax.training._interrupt import RunInterrupted, between_steps
-from adabatch_jax.training._loop import COLUMNS, ProcessLost, Row, Run
-from adabatch_jax.training._optimizer import build_optimizer
+from adabatch_jax.training._loop import ProcessLost, Run
+from adabatch_jax.training._optimizer import build_optimizer, known
+from adabatch_jax.training._options import FINDS_ITS_RATE, OUTSIDE_THE_RUN
 from adabatch_jax.training._plot import plot_run
 from adabatch_jax.training._processes import connect
 from adabatch_jax.training._progress import Progress
 from adabatch_jax.training._report import MetricsWriter, read_metrics, write_json
 from adabatch_jax.training._resume import Checkpoints, RunState, data_checksum
+from adabatch_jax.training._rows import COLUMNS, Row
 from adabatch_jax.training._step import make_evaluation
 from adabatch_jax.training._tensorboard import EventWriter, check_tensorboard
 from adabatch_jax.training._text import load_text
+from adabatch_jax.training._warmup import describe_warmup, no_warmup, note_warmup
 
 PyTree = Any
 
@@ -63,12 +66,13 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
 
     Returns:
       Parameters, metrics by column and the summary: `test_accuracy` and `test_loss` (fraction, nats),
-      `optimizer_steps`, `examples`, `initial_batch_size`, `final_batch_size`,
-      `train_step_compilations` (programs: a gradient for each size of micro-batch, and the update),
-      `seconds` (training alone), `seconds_waited_for_compilations` (of those; the next size is
-      compiled while training goes on), `skipped_steps`, `resumed_after` (the step of
-      the checkpoint that the run went on from, or None), `bits_per_byte` of a text, the configuration
-      and, where AutoWU found the rate, `warmup`: why it `ended`, after how many `examples`, the
+      `optimizer_steps`, `examples`, `initial_batch_size`, `final_batch_size` (the largest that a step
+      used: the very last takes what is left of the budget), `train_step_compilations` (programs: a
+      gradient for each size of micro-batch, and the update), `seconds` (training alone),
+      `seconds_waited_for_compilations` (of those; the next size is compiled while training goes on),
+      `skipped_steps`, `resumed_after` (the step of the checkpoint that the run went on from, or None),
+      `bits_per_byte` of a text, the configuration and, where a rate was to be found, `warmup`: why it
+      `ended`, whether a `minimum_found` of the loss decided, after how many `examples`, the
       `peak_learning_rate` at the first batch size, `tests` and `setbacks`; where the curvature was
       measured, `curvature`: what it was last, `refreshes` and `failed_refreshes`.
 
@@ -92,6 +96,7 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         check_tensorboard()
     connect(config)
     dataset = _load(config)
+    too_short = config.too_short(len(dataset.train_labels))
     config = config.resolved(len(dataset.train_labels))
     budget = config.epochs * len(dataset.train_labels)
     # What it refuses, it refuses before a line or a file is written.
@@ -103,6 +108,8 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         to = console or rich.console.Console(stderr=True)
         to.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
 
+    if too_short and main:
+        warn(f"--auto: {too_short}")
     run = Run(config, dataset)
     checkpoints = Checkpoints(
         out / "state",
@@ -162,7 +169,7 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         "optimizer_steps": len(columns["step"]),
         "examples": int(columns["examples"][-1]),
         "initial_batch_size": config.initial_batch_size,
-        "final_batch_size": int(columns["next_batch_size"][-1]),
+        "final_batch_size": int(columns["batch_size"].max()),
         "train_step_compilations": run.compilations,
         "seconds_waited_for_compilations": run.seconds_waited,
         "skipped_steps": int(columns["skipped"].sum()),
@@ -178,15 +185,21 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
     else:
         reached = f"test accuracy {test_accuracy:.3f}"
     title = f"{config.dataset} · {config.model} · {config.optimizer} · {reached}"
-    smoothed = None
+    smoothed, warmup = None, None
     if config.auto or config.schedule in FINDS_ITS_RATE:
         smoothed = adabatch.smoothed_losses(done.opt_state)
-        summary["warmup"] = _warmup(adabatch.metrics(done.opt_state), smoothed)
+        warmup = describe_warmup(adabatch.metrics(done.opt_state), smoothed)
+    elif too_short:
+        warmup = no_warmup(known(config.learning_rate))
+    if warmup is not None:
+        summary["warmup"] = warmup
     if config.measures_curvature:
         summary["curvature"] = _curvature(adabatch.metrics(done.opt_state))
     save_params(out / "checkpoint", done.params)
     write_json(out / "summary.json", summary)
-    plot_run(columns, title=title, smoothed=smoothed, path=out / "run.png")
+    plot_run(
+        columns, title=title, smoothed=smoothed, note=note_warmup(warmup), path=out / "run.png"
+    )
     return TrainResult(done.params, columns, summary)
 
 
@@ -266,17 +279,6 @@ def _curvature(shown: dict[str, Any]) -> dict[str, Any]:
     names = ("curvature_largest", "transition_batch_size", "momentum")
     counts = {k: int(shown[k]) for k in ("refreshes", "failed_refreshes")}
     return {**{k: float(shown[k]) for k in names if k in shown}, **counts}
-
-
-def _warmup(shown: dict[str, Any], smoothed: adabatch.SmoothedLosses) -> dict[str, Any]:
-    """How AutoWU's warm-up went; numbers that are not known are null."""
-    return {
-        "ended": adabatch.WarmupEnd(int(shown["warmup_end"])).name,
-        "examples": smoothed.end,
-        "peak_learning_rate": float(shown["peak_learning_rate"]),
-        "tests": int(shown["tests_made"]),
-        "setbacks": int(shown["setbacks"]),
-    }
 
 
 def prepare_output(folder: Path) -> Path:

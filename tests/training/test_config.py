@@ -4,8 +4,15 @@ import re
 import pytest
 
 from adabatch_jax.training import TrainConfig, build_criterion, build_optimizer
-from adabatch_jax.training._config import CRITERIA, DIRECTIONS, SCALINGS, SCHEDULES
 from adabatch_jax.training._optimizer import build_direction
+from adabatch_jax.training._options import (
+    CRITERIA,
+    DIRECTIONS,
+    RATES,
+    SCALINGS,
+    SCHEDULES,
+    SEARCH_STEPS,
+)
 
 LANCZOS = {"optimizer": "lanczos-sgd"}
 BY_HAND = {"coordinator": "h:1", "num_processes": 2, "process_id": 1}
@@ -25,8 +32,8 @@ BY_HAND = {"coordinator": "h:1", "num_processes": 2, "process_id": 1}
         ({"schedule": "step"}, "--schedule must be one of"),
         ({"eta": 0.0}, "--eta must be a positive number, got 0.0"),
         ({"eta": float("nan")}, "--eta must be a positive number, got nan"),
-        ({"theta": -1.0}, "--theta"),
-        ({"nu": 0.0}, "--nu"),
+        ({"theta": -1.0}, "--theta must be a positive number, got -1.0"),
+        ({"nu": 0.0}, "--nu must be a positive number, got 0.0"),
         ({"learning_rate": 0.0}, "--learning-rate"),
         ({"initial_batch_size": 0}, "--initial-batch-size must be a positive integer, got 0"),
         ({"initial_batch_size": 64, "max_batch_size": 32}, "64 exceeds --max-batch-size 32"),
@@ -68,6 +75,139 @@ def test_a_bad_option_is_named_with_its_value(options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         TrainConfig(**options)
     assert "\n" not in str(error.value)
+
+
+NONE, INNER = {"criterion": "none"}, {"criterion": "inner-product"}
+AVERAGED = {"smoothing": 0.9}
+COULD_NOT = "--smoothing 0.9 without --debias could never enlarge the batch"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            NONE | {"eta": 0.5},
+            "only --criterion norm and coordinate-norm reads it, leave out --eta",
+        ),
+        (INNER | {"eta": 0.5}, "leave out --eta 0.5"),
+        (
+            {"theta": 0.5},
+            "only --criterion inner-product and augmented reads it, leave out --theta",
+        ),
+        (INNER | {"nu": 4.0}, "only --criterion augmented reads it, leave out --nu 4.0"),
+        (NONE | {"smoothing": 0.5}, "none makes no test, leave out --smoothing 0.5"),
+        (NONE | {"growth_limit": 2.0}, "none makes no test, leave out --growth-limit 2.0"),
+        (NONE | {"debias": True}, "none makes no test, leave out --debias"),
+        (NONE | {"max_batch_size": 32}, "keeps the batch at 16, leave out --max-batch-size 32"),
+        ({"criterion": "noise-scale", "debias": False}, "by definition, leave out --no-debias"),
+        ({"patience": 9}, "one process alone waits for no other, leave out --patience 9"),
+        (AVERAGED, COULD_NOT),
+        (AVERAGED, "(--eta 1.0 by default): give --debias, too"),
+        (AVERAGED | {"eta": 1.5}, "(--eta 1.5): give --debias, too"),
+        (AVERAGED | {"debias": False}, "leave out --no-debias"),
+        (AVERAGED | {"criterion": "coordinate-norm"}, "(--eta 2.0 by default)"),
+        (
+            {"auto": True, "debias": False},
+            "0.9 (by default with --auto) without --debias could nev",
+        ),
+        (
+            AVERAGED | {"criterion": "augmented", "theta": 1.0},
+            "(--theta 1.0, --nu 5.84 by default)",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        NONE | {"max_batch_size": 16, "debias": False},
+        NONE | {"initial_batch_size": 1000},
+        AVERAGED | {"eta": 0.5},
+        AVERAGED | {"debias": True},
+        AVERAGED | INNER,
+        AVERAGED | {"criterion": "noise-scale"},
+        {"criterion": "noise-scale", "debias": True},
+        {"smoothing": 0.0},
+        {"auto": True, "debias": False, "eta": 0.5},
+        BY_HAND | {"patience": 9},
+    ],
+)
+def test_one_that_has_an_effect_or_says_what_is_the_case_is_taken(options):
+    TrainConfig(**options).resolved(60_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch_size": 8}, "--max-batch-size 8 is below the first batch, 16 by default: give"),
+        ({"initial_batch_size": 600}, "600 exceeds the largest batch, 512 by default: give --max"),
+        (
+            {"auto": True, "max_batch_size": 8},
+            "--max-batch-size 8 is below the first batch, 256 by default with --auto: give --initial",
+        ),
+    ],
+)
+def test_what_nobody_gave_is_called_a_default(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainConfig(**options).resolved(60_000)
+
+
+def test_every_criterion_has_a_threshold_of_its_own():
+    def thresholds(**options):
+        config = TrainConfig(**options).resolved(60_000)
+        return config.eta, config.theta, config.nu
+
+    assert thresholds() == (1.0, None, None)
+    assert thresholds(criterion="coordinate-norm") == (2.0, None, None)
+    assert thresholds(criterion="coordinate-norm", auto=True) == (3.0, None, None)
+    assert thresholds(criterion="inner-product") == (None, 0.9, None)
+    assert thresholds(criterion="augmented", nu=2.0) == (None, 0.9, 2.0)
+    assert thresholds(criterion="none") == (None, None, None)
+
+
+def test_every_optimizer_has_a_rate_of_its_own():
+    assert RATES.keys() == set(DIRECTIONS)
+    for name in DIRECTIONS:
+        assert TrainConfig(optimizer=name).resolved(1437).learning_rate == RATES[name]
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "first"),
+    [
+        (1437, {"epochs": 4}, 16),  # 35 steps
+        (60_000, {"epochs": 2}, 256),  # 46 steps
+        (60_000, {"epochs": 1}, 128),  # 23 steps of 256 would be too few
+        (1437, {"epochs": 1}, None),  # eight of 16
+        (1437, {"epochs": 10, "initial_batch_size": 720}, None),
+    ],
+)
+def test_auto_takes_a_first_batch_that_lets_it_search_or_does_without(number, options, first):
+    asked = TrainConfig(auto=True, optimizer="momentum", **options)
+    config = asked.resolved(number)
+    assert config.resolved(number) == config
+    if first is not None:
+        assert config.auto and asked.too_short(number) is None
+        assert config.initial_batch_size == first
+        assert config.search_steps(number) >= SEARCH_STEPS
+        return
+    assert not config.auto and (config.eta, config.smoothing, config.debias) == (1.5, 0.9, True)
+    assert (config.learning_rate, config.schedule) == (RATES["momentum"], "cosine")
+    said = asked.too_short(number)
+    assert f"steps of --initial-batch-size {config.initial_batch_size}" in said
+    assert f"goes on at {RATES['momentum']}, the default of --optimizer momentum" in said
+
+
+def test_a_schedule_that_finds_its_rate_is_refused_without_the_steps_for_it():
+    options = {"schedule": "autowu-improved", "epochs": 2, "initial_batch_size": 400}
+    with pytest.raises(ValueError, match=r"has 1 steps of --initial-batch-size 400 .*too short"):
+        build_optimizer(TrainConfig(**options), total_examples=2 * 1437)
+    too_few = TrainConfig(schedule="autowu", epochs=2)
+    with pytest.raises(ValueError, match=r"autowu with --epochs 2 .*too short for one test"):
+        build_optimizer(too_few, total_examples=2 * 1437)
 
 
 def test_the_output_folder_follows_the_data_set():

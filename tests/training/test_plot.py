@@ -123,6 +123,24 @@ def test_a_constant_batch_says_so():
     assert high >= 192
 
 
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_last_batch_that_is_cut_short_says_nothing_about_the_sizes(constant):
+    rows = run()
+    if constant:
+        rows["batch_size"][:] = 96
+    whole = plot_run(rows).axes[1]
+    rows["batch_size"][-1] = 3
+    axes = plot_run(rows).axes[1]
+    assert texts(axes) == ["96 throughout" if constant else "max 1,024"]
+    assert axes.get_ylim() == whole.get_ylim()
+    assert line(axes, "batch size").get_ydata()[-1] == 3
+
+
+def test_a_note_stands_above_the_learning_rate():
+    axes = plot_run(run(20), note="no minimum of the loss was found").axes[2]
+    assert axes.get_title(loc="right") == "no minimum of the loss was found"
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -5.0])
 def test_without_noise_scale(value):
     rows = run()
