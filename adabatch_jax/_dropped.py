@@ -12,9 +12,10 @@ PyTree = Any
 def state_after_dropped_step(before: PyTree, after: PyTree) -> PyTree:
     """The optimizer state `before` a step that is dropped, with what its links remember of that step.
 
-    AutoWU leaves one loss out that is not finite, and reacts to the second in a row: it could not tell
-    them apart if all of its state went back. A state that has something to remember says so by a method
-    `after_dropped_step(after) -> state`.
+    Every clock goes on: the examples are used up, and a decay over the run would not end with it
+    otherwise. AutoWU leaves one loss out that is not finite, and reacts to the second in a row: it could
+    not tell them apart if all of its state went back. A state that has something to remember says so by a
+    method `after_dropped_step(after) -> state`.
 
     Args:
       before: state of an optimizer.

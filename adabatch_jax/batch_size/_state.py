@@ -52,6 +52,10 @@ class AdaptBatchSizeState(NamedTuple):
     two_group_examples: jax.Array  # int32: below it a batch was one group; 0: none was
     test_due: jax.Array  # bool: the next update looks at the noise, unless it is held
 
+    def after_dropped_step(self, after: AdaptBatchSizeState) -> AdaptBatchSizeState:
+        """This state, with the clock of the one after a step that is dropped."""
+        return self._replace(examples_clock=after.examples_clock)
+
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""
         trace, square = self.display_ema[0], self.display_ema[1]

@@ -79,11 +79,11 @@ class ScaleByAutowuState(NamedTuple):
         return self.nonfinite_losses + self.exploded_losses
 
     def after_dropped_step(self, after: ScaleByAutowuState) -> ScaleByAutowuState:
-        """This state, with what the one after a dropped step knows of bad losses in a row."""
+        """This state, with the clock and the count of bad losses in a row of the one after the step."""
         level = self.loss_level
         if isinstance(level, LossLevel):
             level = level._replace(bad_in_a_row=LossLevel(*after.loss_level).bad_in_a_row)
-        return self._replace(loss_level=level)
+        return self._replace(loss_level=level, autowu_clock=after.autowu_clock)
 
     @property
     def minimum_found(self) -> jax.Array:

@@ -19,7 +19,7 @@ from adabatch_jax.training._data import Dataset, load_dataset
 from adabatch_jax.training._feed import Feed
 from adabatch_jax.training._interrupt import RunInterrupted
 from adabatch_jax.training._ladder import Rung, rung_for
-from adabatch_jax.training._loop import ProcessLost, TrainingError, run_steps
+from adabatch_jax.training._loop import ProcessLost, run_steps
 from adabatch_jax.training._models import build_model
 from adabatch_jax.training._optimizer import build_criterion, build_optimizer
 from adabatch_jax.training._plot import plot_run
@@ -27,6 +27,7 @@ from adabatch_jax.training._plot_spectrum import plot_spectrum
 from adabatch_jax.training._plot_warmup import plot_warmup
 from adabatch_jax.training._report import read_metrics
 from adabatch_jax.training._report_spectrum import report_spectrum, show_spectrum
+from adabatch_jax.training._rows import TrainingError
 from adabatch_jax.training._spectrum import SpectrumResult, measure_spectrum
 from adabatch_jax.training._spectrum_config import SpectrumConfig
 from adabatch_jax.training._step import make_step

@@ -93,8 +93,8 @@ def make_chunk(
         def one(params: PyTree, opt_state: PyTree, place: Place) -> Any:
             length, indices, group_sizes, loops = batch(order, place)
             params, opt_state, report = step(params, opt_state, data, indices, group_sizes, loops)
-            row = {**report, "used": place.decided[0], "length": length}
-            decided = jnp.append(place.decided[1:], report["batch_size"])
+            row = {**report, "asked": place.decided[0], "length": length}
+            decided = jnp.append(place.decided[1:], report["next_batch_size"])
             after = Place(place.offset + length, place.left - length, place.steps - 1, decided)
             return params, opt_state, after, row
 

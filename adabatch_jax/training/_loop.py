@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-import adabatch_jax as adabatch
+from adabatch_jax.training._check import check_dataset
 from adabatch_jax.training._chunk import make_chunk, place_of
 from adabatch_jax.training._classifier import classifier
 from adabatch_jax.training._compiled import CompiledSteps
@@ -22,44 +23,12 @@ from adabatch_jax.training._feed import Feed
 from adabatch_jax.training._ladder import Rung, batch_sizes_of, rung_after, rung_for
 from adabatch_jax.training._optimizer import build_optimizer, known
 from adabatch_jax.training._resume import RunState
+from adabatch_jax.training._rows import HINT, HINTS, Row, RowReader, TrainingError
 from adabatch_jax.training._step import make_gradient, make_step, make_update
 
 PyTree = Any
-Row = dict[str, Any]
 AfterStep = Callable[[int, Callable[[], RunState]], None]
-MAX_SKIPPED_IN_A_ROW = 10
 CURVATURE_GROUPS = 16  # between which the noise of the Hessian shows
-HINTS = {"autowu": "Try --schedule autowu-improved, which goes back when the loss explodes"}
-EVIDENCE = ("noise_numerator", "noise_denominator", "required_batch_size")
-COLUMNS = (
-    "step",
-    "examples",
-    "loss",
-    "batch_size",
-    "noise_numerator",
-    "noise_denominator",
-    "degrees_of_freedom",
-    "required_batch_size",
-    "next_batch_size",
-    "test_status",
-    "noise_scale",
-    "learning_rate",
-    "phase",
-    "minimum_probability",
-    "minimum_location",
-    "setbacks",
-    "momentum",
-    "curvature_largest",
-    "transition_batch_size",
-    "refreshes",
-    "micro_batch_size",
-    "skipped",
-    "seconds",
-)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: every recent step gave a loss or gradient that is not finite."""
 
 
 class ProcessLost(TrainingError):
@@ -82,46 +51,27 @@ class _Launched(NamedTuple):
     report: dict[str, Any]
 
 
-class _Reader:
-    """Takes the numbers of the steps in their order, and stops a run that learns nothing.
-
-    Attributes:
-      skipped_in_a_row: steps skipped just now.
-    """
-
-    def __init__(self, on_row: Callable[[Row], None], skipped_in_a_row: int, hint: str) -> None:
-        self._on_row, self._hint = on_row, hint
-        self.skipped_in_a_row = skipped_in_a_row
-
-    def __call__(self, row: Row, report: dict[str, Any], seconds: float) -> int:
-        """Completes and hands on the row; returns the batch size that the step decided."""
-        next_batch_size = int(report.pop("batch_size"))
-        row.update({k: v for k, v in report.items() if k in COLUMNS})
-        row.update(next_batch_size=next_batch_size, seconds=seconds, skipped=int(row["skipped"]))
-        if row["skipped"]:  # the state is that of the step before, and so is its evidence
-            row.update(dict.fromkeys(EVIDENCE, np.float32(np.nan)))
-        if row["test_status"] == adabatch.BatchSizeStatus.AT_MAXIMUM:
-            row["noise_scale"] = np.float32(np.nan)  # the last one measured, not this step's
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
-        self._on_row(row)
-        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise TrainingError(
-                f"step {row['step']}: {MAX_SKIPPED_IN_A_ROW} steps in a row gave a loss or "
-                f"gradient that is not finite (last loss {float(row['loss'])}); nothing was "
-                f"learned from them. {self._hint}"
-            )
-        return next_batch_size
-
-
 def run_steps(config: TrainConfig, dataset: Dataset, on_row: Callable[[Row], None]) -> Steps:
     """Trains on every example once per epoch, and calls `on_row` with each step's numbers.
 
     The batch size of a step is the one decided `config.lag + 1` steps before. The last batch ends
     exactly at the budget.
 
+    Args:
+      config: the run; what concerns files is ignored.
+      dataset: the data.
+      on_row: called with a dict for each step, in order: the columns of metrics.csv.
+
     Returns:
       What the steps left behind.
+
+    Raises:
+      ValueError: data that cannot be learned, such as labels out of range.
+      TrainingError: the loss stays not finite.
     """
+    check_dataset(dataset)
+    if (reason := config.too_short(len(dataset.train_labels))) is not None:
+        warnings.warn(f"--auto: {reason}", stacklevel=2)
     run = Run(config, dataset)
     done = run(run.first, on_row)
     return Steps(done.params, done.opt_state, run.apply, run.compilations)
@@ -149,9 +99,10 @@ class Run:
         self._feed = Feed(num_examples, config.seed)
         first, largest = known(config.initial_batch_size), known(config.max_batch_size)
         self._first_size = first
+        # No step is larger than the budget, whatever is asked for: nor is what is made for it.
         self._ladder = ladder = dict(
             initial_batch_size=first,
-            max_batch_size=first if config.criterion == "none" else largest,
+            max_batch_size=min(largest, self.budget),
             max_micro_batch_size=config.max_micro_batch_size,
             noise_groups=config.noise_groups,
         )
@@ -167,6 +118,8 @@ class Run:
         def chunk_of(rung: Rung) -> Callable[..., Any]:
             """Many whole steps; those after the warm-up, which holds the batch, without its test."""
             sizes = batch_sizes_of(rung, **ladder)
+            if sizes[1] > ladder["max_batch_size"]:  # what is asked for beyond the budget, too
+                sizes = sizes[0], 2**31 - 1
             over = bool(config.auto) and sizes[0] > first
             mine = build_optimizer(config, self.budget, warmup_over=True) if over else optimizer
             step = devices.mapped(make_step(self.apply, mine, curvature=curvature, **measured))
@@ -216,8 +169,8 @@ class Run:
           TrainingError: `MAX_SKIPPED_IN_A_ROW` steps were skipped one after the other.
         """
         config = self._config
-        hint = HINTS.get(config.schedule or "", "Try a smaller learning rate")
-        reader = _Reader(on_row, state.skipped_in_a_row, hint)
+        hint = HINTS.get(config.schedule or "", HINT)
+        reader = RowReader(on_row, state.skipped_in_a_row, hint)
         loop = self._by_steps if config.steps_per_call == 1 else self._by_chunks
         done = loop(state, reader, after_step or (lambda number, now: None))
         self._step.close()
@@ -226,7 +179,7 @@ class Run:
             trained = as_before(on_host(trained), trained)
         return done._replace(params=trained[0], opt_state=trained[1])
 
-    def _by_steps(self, state: RunState, reader: _Reader, after_step: AfterStep) -> RunState:
+    def _by_steps(self, state: RunState, reader: RowReader, after_step: AfterStep) -> RunState:
         """One call for each step; the host runs ahead of the device as far as `lag` allows."""
         lag, devices, ladder = self._config.lag, self._devices, self._ladder
         params, opt_state = devices.replicate((state.params, state.opt_state))
@@ -255,7 +208,7 @@ class Run:
         while position < self.budget:
             if len(decided) > lag:
                 batch_size = read(decided.popleft())
-            rung = rung_for(batch_size, **ladder)
+            rung = self._rung(batch_size)
             length = min(batch_size, self.budget - position)
             given = data, *self._batch(rung, position, length)
             upper = rung_after(rung, **ladder)
@@ -265,11 +218,11 @@ class Run:
             params, opt_state, report = self._step(rung, params, opt_state, *given)
             position += length
             number += 1
-            decided.append(_Launched(_row(number, position, batch_size, rung), report))
+            decided.append(_Launched(_row(number, position, length, rung), report))
             after_step(number, now)
         return now()
 
-    def _by_chunks(self, state: RunState, reader: _Reader, after_step: AfterStep) -> RunState:
+    def _by_chunks(self, state: RunState, reader: RowReader, after_step: AfterStep) -> RunState:
         """One call for many steps, whose numbers are read back together. The same decisions."""
         config, devices, ladder = self._config, self._devices, self._ladder
         data, epoch_size = devices.replicate(self._data), len(self._data[1])
@@ -290,7 +243,7 @@ class Run:
             if every:  # a call ends where a checkpoint is due
                 steps = min(steps, every - state.step % every)
             place = devices.replicate(place_of(state, epoch * epoch_size, self.budget, steps))
-            rung = rung_for(state.decided[0], **ladder)
+            rung = self._rung(state.decided[0])
             given = data, order, place
             upper = rung_after(rung, **ladder)
             if upper is not None and upper not in self._step:
@@ -301,20 +254,25 @@ class Run:
             seconds, position = time.perf_counter() - started, state.position
             for i in range(int(made)):
                 report = {name: values[i] for name, values in rows.items()}
-                batch_size, position = report.pop("used"), position + int(report.pop("length"))
-                reader(_row(state.step + i + 1, position, int(batch_size), rung), report, seconds)
+                batch_size, length = int(report.pop("asked")), int(report.pop("length"))
+                position += length
+                reader(_row(state.step + i + 1, position, length, rung), report, seconds)
             state = RunState(
                 params=chunk.params,
                 opt_state=chunk.opt_state,
                 position=position,
                 step=state.step + int(made),
-                batch_size=int(batch_size),
+                batch_size=batch_size,
                 decided=tuple(sizes.tolist()),
                 skipped_in_a_row=reader.skipped_in_a_row,
                 seconds=seconds,
             )
             after_step(state.step, partial(_itself, state))
         return state
+
+    def _rung(self, batch_size: int) -> Rung:
+        """That of a batch of the size asked for; none has more than the budget."""
+        return rung_for(min(batch_size, self._ladder["max_batch_size"]), **self._ladder)
 
     def _batch(self, rung: Rung, position: int, length: int) -> tuple[Any, Any, Any]:
         """A stretch of the stream, on the devices: indices, sizes of the groups, loops to make."""

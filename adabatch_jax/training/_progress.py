@@ -60,7 +60,7 @@ class Progress:
           examples: examples consumed so far.
           loss: scalar.
           batch_size: examples of the step.
-          learning_rate: scalar.
+          learning_rate: scalar; NaN for a step that was skipped.
           noise_scale: gradient noise scale in examples; NaN while it is unknown.
         """
         self._last = (examples, loss, batch_size, learning_rate, noise_scale)
@@ -121,11 +121,9 @@ class Progress:
 
 
 def _describe(loss: Any, batch_size: Any, learning_rate: Any, noise_scale: Any) -> str:
-    parts = [
-        f"loss {float(loss):<7.4g}",
-        f"batch size {int(batch_size):<6,}",
-        f"learning rate {float(learning_rate):<8.3g}",
-    ]
+    parts = [f"loss {float(loss):<7.4g}", f"batch size {int(batch_size):<6,}"]
+    if not math.isnan(rate := float(learning_rate)):
+        parts.append(f"learning rate {rate:<8.3g}")
     if math.isfinite(noise := float(noise_scale)):
         parts.append(f"noise scale {noise:,.0f}" if noise >= 10 else f"noise scale {noise:.2g}")
     return " ".join(parts).rstrip()

@@ -22,9 +22,10 @@ from jax.experimental import multihost_utils
 import adabatch_jax
 from adabatch_jax.training._checkpoint import checksum, read_arrays, this_process_alone
 from adabatch_jax.training._devices import as_before, on_host
+from adabatch_jax.training._options import said
 
 PyTree = Any
-FORMAT = 1  # of the checkpoint as a whole; counted up when a field is added or changes its meaning
+FORMAT = 2  # of the checkpoint as a whole; counted up when a field is added or changes its meaning
 
 
 class RunState(NamedTuple):
@@ -185,18 +186,19 @@ class Checkpoints:
                 f"{self.folder / str(step)} has format {about['format']}, this version of "
                 f"adabatch_jax reads {FORMAT}"
             )
-        for name, value in self._about.items():
-            before = about["config"].get(name)
-            if before != value:
-                raise ValueError(
-                    f"{self.folder / str(step)} is of a run with {name} = {before!r}, this one has "
-                    f"{value!r}: give the same, or start anew with --resume never"
-                )
-        now = _environment()
-        other = {k: v for k, v in about["environment"].items() if now.get(k) != v}
+        before = about["config"]
+        other = [k for k, v in self._about.items() if before.get(k) != v]
         if other:
-            said = ", ".join(f"{k} {v} (now {now.get(k)})" for k, v in other.items())
-            self._warn(f"the run began with {said}: its numbers may differ in their last digits")
+            was, now = (", ".join(_said(k, c.get(k)) for k in other) for c in (before, self._about))
+            raise ValueError(
+                f"{self.folder / str(step)} is of a run with {was}, this one has {now}: give the same, or "
+                "start anew with --resume never"
+            )
+        here = _environment()
+        changed = {k: v for k, v in about["environment"].items() if here.get(k) != v}
+        if changed:
+            told = ", ".join(f"{k} {v} (now {here.get(k)})" for k, v in changed.items())
+            self._warn(f"the run began with {told}: its numbers may differ in their last digits")
 
     def _steps(self) -> list[int]:
         """Complete checkpoints; what Orbax did not come to finish has another name."""
@@ -243,6 +245,11 @@ class Checkpoints:
             multiprocessing_options=this_process_alone(),
         )
         return ocp.CheckpointManager(self.folder, options=options)
+
+
+def _said(name: str, value: Any) -> str:
+    """An option as it is given; what is none has a name of several words."""
+    return f"{name} {value}" if " " in name else said(name, value)
 
 
 def data_checksum(*arrays: np.ndarray) -> str:

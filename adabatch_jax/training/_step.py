@@ -124,7 +124,7 @@ def make_update(
             return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
 
         opt_state = keep(new_state, state_after_dropped_step(opt_state, new_state))
-        report = {"loss": value, "skipped": ~finite, **adabatch.metrics(opt_state)}
+        report = {**adabatch.metrics(opt_state), "loss": value, "skipped": ~finite}
         return keep(new_params, params), opt_state, report
 
     return update
@@ -158,8 +158,10 @@ def make_step(
       `step(params, opt_state, data, indices, sizes, count) -> (params, opt_state, report)` with
       `data = (inputs, labels)`, `indices` int32 [num_groups, micro_batch_size], `sizes` int32
       [num_groups], `count` int32: groups in use. A step whose loss or gradient is not finite, or
-      whose gradient is longer than 1e15, changes nothing but `report["skipped"]`, unless it leads back
-      to the snapshot of `return_to_minimum`.
+      whose gradient is longer than 1e15, changes nothing but `report["skipped"]` and the clocks of the
+      schedules: its examples are used up, and a decay over examples ends with the run. Unless it leads
+      back to the snapshot of `return_to_minimum`. `report` holds `adabatch.metrics` of the state
+      besides, where `batch_size` is that of the last step that was not skipped.
     """
     gradient = make_gradient(
         apply,

@@ -34,12 +34,12 @@ def child(out: Path, epochs: int, every: int) -> None:
     """The run itself, which says on standard output what it is doing."""
     import jax
 
-    from adabatch_jax.training import TrainConfig, _compiled, _loop, _resume, train
+    from adabatch_jax.training import TrainConfig, _compiled, _resume, _rows, train
 
     def say(*words: Any) -> None:
         os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
-    compile_, save, read = _compiled._compile, _resume.Checkpoints.save, _loop._Reader.__call__
+    compile_, save, read = _compiled._compile, _resume.Checkpoints.save, _rows.RowReader.__call__
 
     def noted_compilation(lowered: Any) -> Any:
         say("compiling")
@@ -57,7 +57,7 @@ def child(out: Path, epochs: int, every: int) -> None:
         return after
 
     _compiled._compile, _resume.Checkpoints.save = noted_compilation, noted_save
-    _loop._Reader.__call__ = noted_read
+    _rows.RowReader.__call__ = noted_read
     config = TrainConfig(auto=True, epochs=epochs, out=out, checkpoint_every=every, resume="auto")
     result = train(config)
     np.savez(out / "params.npz", *jax.tree.leaves(result.params))

@@ -7,13 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adabatch_jax import AutowuPhase, BatchSizeStatus, WarmupEnd, random_matrix_scaling
+from adabatch_jax import (
+    AutowuPhase,
+    BatchSizeStatus,
+    WarmupEnd,
+    metrics,
+    random_matrix_scaling,
+)
 from adabatch_jax.learning_rate import _autowu
 from adabatch_jax.training import (
     TrainConfig,
     TrainingError,
     _classifier,
     _compiled,
+    _loop,
+    _rows,
     build_criterion,
     build_model,
     build_optimizer,
@@ -47,8 +55,8 @@ def test_the_budget_is_met_exactly_and_the_gradient_compiled_once_per_rung(finis
     columns = result.columns
     assert columns["examples"][-1] == 8 * 1437 == result.summary["examples"]
     used = np.diff(columns["examples"], prepend=0)
-    assert (used[:-1] == columns["batch_size"][:-1]).all()
-    assert used[-1] <= columns["batch_size"][-1]
+    np.testing.assert_array_equal(used, columns["batch_size"])
+    assert result.summary["final_batch_size"] == used.max()
     rungs = len(set(columns["micro_batch_size"]))
     assert rungs > 1
     assert result.summary["train_step_compilations"] == rungs + 1  # and the update once
@@ -93,8 +101,9 @@ def test_the_criterion_applied_to_the_columns_gives_every_batch_size(finished):
     config, columns = TrainConfig().resolved(1437), result.columns
     criterion = build_criterion(config)
     batch_size = config.initial_batch_size
+    left = columns["examples"][-1] - columns["examples"] + columns["batch_size"]
     for i, used in enumerate(columns["batch_size"]):
-        assert used == batch_size
+        assert used == min(batch_size, left[i])
         numerator, denominator = columns["noise_numerator"][i], columns["noise_denominator"][i]
         if np.isnan(numerator):
             assert batch_size == config.max_batch_size
@@ -132,7 +141,7 @@ def test_one_program_holds_the_gaussian_process(digits, monkeypatch, steps_per_c
     """The update's; or the chunk of the first batch, which traces its step twice, for the shapes."""
     traced, plain = [], _autowu._test
     monkeypatch.setattr(_autowu, "_test", lambda *given: traced.append(1) or plain(*given))
-    options = dict(model="logistic", epochs=2, max_batch_size=64, steps_per_call=steps_per_call)
+    options = dict(model="logistic", epochs=4, max_batch_size=64, steps_per_call=steps_per_call)
     config = TrainConfig(auto=True, **options)
     assert run_steps(config, digits, lambda row: None).compilations > 2
     assert len(traced) == traces
@@ -195,7 +204,7 @@ def test_a_scaling_that_is_measured_drives_a_run(digits, tmp_path):
     assert found["refreshes"] == columns["refreshes"][-1] > 10
     last = columns["transition_batch_size"][-1]
     assert last == pytest.approx(found["transition_batch_size"], rel=1e-5)
-    assert columns["batch_size"][-1] == 64
+    assert columns["batch_size"].max() == 64
     for i, used in enumerate(np.diff(columns["examples"], prepend=0)):
         transition = jnp.float32(columns["transition_batch_size"][i])
         rule = random_matrix_scaling(transition, adaptive=False, dataset_size=1437)
@@ -241,7 +250,7 @@ def test_every_criterion_drives_a_run(digits, criterion):
 def test_without_a_criterion_the_batch_stays(digits):
     rows = []
     run_steps(TrainConfig(criterion="none", epochs=1), digits, rows.append)
-    assert {r["batch_size"] for r in rows} == {16}
+    assert [r["batch_size"] for r in rows] == 89 * [16] + [1437 - 89 * 16]
 
 
 def test_a_lag_uses_the_size_decided_that_many_steps_before(digits):
@@ -250,46 +259,89 @@ def test_a_lag_uses_the_size_decided_that_many_steps_before(digits):
     decided = [r["next_batch_size"] for r in rows]
     used = [r["batch_size"] for r in rows]
     assert used[:3] == [16, 16, 16]
-    assert used[3:] == decided[:-3]
+    assert used[3:-1] == decided[:-4]
+    assert used[-1] <= decided[-4], "what is left"
     assert len(set(used)) > 2
 
 
-def test_a_run_that_diverges_stops_with_a_message(digits, monkeypatch):
-    spoiled = digits._replace(train_inputs=np.full_like(digits.train_inputs, np.nan))
+def spoiled(digits, monkeypatch, examples):
+    """The digits with examples that are NaN, past the check of the data."""
+    inputs = digits.train_inputs.copy()
+    inputs[examples] = np.nan
     monkeypatch.setattr(_classifier, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
+    monkeypatch.setattr(_loop, "check_dataset", lambda dataset: None)
+    return digits._replace(train_inputs=inputs)
+
+
+def test_a_run_that_never_learns_stops_and_does_not_blame_the_learning_rate(digits, monkeypatch):
     rows = []
-    with pytest.raises(TrainingError, match="10 steps in a row"):
-        run_steps(TrainConfig(epochs=5), spoiled, rows.append)
+    with pytest.raises(TrainingError, match=r"10 steps in a row .*not the learning rate"):
+        run_steps(TrainConfig(epochs=5), spoiled(digits, monkeypatch, slice(None)), rows.append)
     assert len(rows) == 10
     assert all(r["batch_size"] == 16 for r in rows)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "hint"),
+    [("cosine", "Try a smaller learning rate"), ("autowu", "Try --schedule autowu-improved")],
+)
+def test_a_run_that_diverges_names_what_to_try(schedule, hint):
+    reader = _rows.RowReader([].append, 0, _rows.HINTS.get(schedule, _rows.HINT))
+    report = {"loss": np.nan, "skipped": True, "next_batch_size": 16, "test_status": 0}
+    for step in range(3, 12):
+        reader({"step": step}, report, 0.0)
+    with pytest.raises(TrainingError, match=hint):
+        reader({"step": 12}, report, 0.0)
+
+
+def test_labels_out_of_range_are_named_before_anything_is_trained(digits):
+    wrong = digits._replace(train_labels=digits.train_labels + 1)
+    with pytest.raises(ValueError, match=r"label 10 of example .* is out of range"):
+        run_steps(TrainConfig(), wrong, lambda row: pytest.fail("a step was made"))
+
+
 def test_one_bad_example_costs_its_batch_and_nothing_else(digits, monkeypatch):
-    inputs = digits.train_inputs.copy()
-    inputs[5] = np.nan
-    monkeypatch.setattr(_classifier, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
+    """Its row shows nothing of the step before, and the schedule goes on over its examples."""
     rows = []
-    run_steps(TrainConfig(epochs=1), digits._replace(train_inputs=inputs), rows.append)
+    config = TrainConfig(epochs=1, scaling="none")
+    done = run_steps(config, spoiled(digits, monkeypatch, [5]), rows.append)
     (bad,) = [i for i, row in enumerate(rows) if row["skipped"]]
-    assert np.isnan(rows[bad]["required_batch_size"]), "no evidence of another step"
-    assert rows[bad]["next_batch_size"] == rows[bad]["batch_size"]
-    assert all(np.isfinite(row["loss"]) for row in rows[:bad] + rows[bad + 1 :])
+    assert rows[bad - 1]["test_status"] == BatchSizeStatus.PASSED, "there is something to show"
+    assert {k for k, v in rows[bad].items() if np.isnan(v)} == {
+        *("loss", "noise_numerator", "noise_denominator", "degrees_of_freedom"),
+        *("required_batch_size", "test_status", "noise_scale", "learning_rate"),
+    }
+    assert rows[bad]["next_batch_size"] == rows[bad - 1]["next_batch_size"]
+    good = rows[:bad] + rows[bad + 1 :]
+    assert all(np.isfinite(row["loss"]) for row in good)
+    for row in good:
+        before = (row["examples"] - row["batch_size"]) / 1437
+        rate = 0.02 * 0.5 * (1 + np.cos(np.pi * before))
+        assert row["learning_rate"] == pytest.approx(rate, rel=2e-3)
+    assert metrics(done.opt_state)["num_examples"] == 1437
 
 
-def test_a_step_that_is_not_finite_changes_nothing(digits):
-    model = build_model("logistic", 10)
-    inputs = jnp.asarray(digits.train_inputs[:32]).at[5].set(jnp.nan)
-    params = model.init(jax.random.key(0), inputs[:1])["params"]
-    optimizer = build_optimizer(TrainConfig(), 100)
-    state = optimizer.init(params)
-    step = make_step(lambda p, x: model.apply({"params": p}, x), optimizer)
-    data = (inputs, jnp.asarray(digits.train_labels[:32]))
-    indices = jnp.arange(32, dtype=jnp.int32).reshape(8, 4)
-    new_params, new_state, report = jax.jit(step)(
-        params, state, data, indices, jnp.full((8,), 4, jnp.int32), jnp.int32(8)
-    )
-    assert bool(report["skipped"])
-    jax.tree.map(np.testing.assert_array_equal, (new_params, new_state), (params, state))
+@pytest.mark.parametrize("steps_per_call", [1, 50])
+def test_what_is_made_for_a_step_does_not_grow_with_a_size_out_of_reach(
+    digits, monkeypatch, steps_per_call
+):
+    """The decisions are the same; batches, and the window of the order, hold what the run can use."""
+    prepare, sizes = CompiledSteps.prepare, []
+
+    def noted(self, rung, params, opt_state, data, *arguments):
+        sizes.append(max(x.size for x in jax.tree.leaves(arguments)))
+        prepare(self, rung, params, opt_state, data, *arguments)
+
+    monkeypatch.setattr(CompiledSteps, "prepare", noted)
+    decided = []
+    for largest in (2000, 2**30):
+        options = dict(model="logistic", epochs=1, eta=0.01, steps_per_call=steps_per_call)
+        rows = []
+        run_steps(TrainConfig(**options, max_batch_size=largest), digits, rows.append)
+        decided.append([(row["batch_size"], row["micro_batch_size"]) for row in rows])
+    assert rows[-1]["next_batch_size"] > 10_000, "out of reach"
+    assert decided[0] == decided[1]
+    assert 1437 <= max(sizes) <= 2 * 1437
 
 
 def test_a_step_back_is_made_whatever_the_loss_is(digits):
@@ -315,13 +367,6 @@ def test_a_step_back_is_made_whatever_the_loss_is(digits):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state.snapshot_params)))
     _, _, report = step(params, state, (inputs, labels), indices, sizes, count)
     assert np.isfinite(report["loss"]) and not report["skipped"]
-
-
-def test_a_diverging_paper_s_schedule_names_the_improved_one(digits, monkeypatch):
-    spoiled = digits._replace(train_inputs=np.full_like(digits.train_inputs, np.nan))
-    monkeypatch.setattr(_classifier, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
-    with pytest.raises(TrainingError, match="Try --schedule autowu-improved"):
-        run_steps(TrainConfig(schedule="autowu"), spoiled, [].append)
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_training(tmp_path):

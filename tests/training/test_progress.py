@@ -96,6 +96,13 @@ def test_values_are_only_read_when_shown(monkeypatch, terminal):
     assert "loss 0.25" in out.file.getvalue()
 
 
+def test_a_skipped_step_has_no_learning_rate():
+    out = console(terminal=False)
+    with Progress(10, out) as progress:
+        progress.update(10, math.nan, 10, math.nan, math.nan)
+    assert out.file.getvalue().splitlines()[-1] == "100 %  10 examples  loss nan     batch size 10"
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_an_error_is_not_hidden(terminal):
     out = console(terminal)

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from adabatch_jax.training import RunInterrupted, TrainConfig, TrainingError, train
-from adabatch_jax.training import _loop as loop
 from adabatch_jax.training import _resume as resume
+from adabatch_jax.training import _rows as rows_module
 from adabatch_jax.training import _train as training
 
 EVERY = 10
@@ -80,14 +80,14 @@ def test_a_run_that_has_ended_ends_again(whole, copied):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_between_two_steps(number, whole, tmp_path, monkeypatch):
-    read = loop._Reader.__call__
+    read = rows_module.RowReader.__call__
 
     def read_and_signal(reader, row, *arguments):
         if row["step"] == 3:
             signal.raise_signal(number)
         return read(reader, row, *arguments)
 
-    monkeypatch.setattr(loop._Reader, "__call__", read_and_signal)
+    monkeypatch.setattr(rows_module.RowReader, "__call__", read_and_signal)
     with pytest.raises(RunInterrupted, match=f"{number.name} after step 5; its state is saved"):
         run(tmp_path)  # with a lag of one, step 5 is under way when step 3 is read
     monkeypatch.undo()
@@ -135,8 +135,14 @@ def test_nothing_to_resume_is_an_error_only_if_it_was_asked_for(tmp_path):
 
 
 def test_a_field_that_differs_is_named(copied):
-    with pytest.raises(ValueError, match=r"run with seed = 0, this one has 1.*--resume never"):
+    with pytest.raises(
+        ValueError, match=r"run with --seed 0, this one has --seed 1: .*--resume nev"
+    ):
         run(copied, resume="always", seed=1)
+    averaged = dict(smoothing=0.9, debias=True)  # the state would have other fields
+    was, now = "--no-debias, --smoothing left out", "--debias, --smoothing 0.9"
+    with pytest.raises(ValueError, match=f"run with {was}, this one has {now}: give the same"):
+        run(copied, resume="always", **averaged)
     run(copied, resume="always", keep=1, checkpoint_every=None)  # not part of the run
 
 
@@ -193,8 +199,8 @@ def test_if_all_are_damaged_nothing_is_started(copied):
 
 def test_a_newer_format_is_refused(copied):
     about = copied / "state" / str(max(steps(copied))) / "about" / "metadata"
-    about.write_text(about.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match="has format 2, this version of adabatch_jax reads 1"):
+    about.write_text(about.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(ValueError, match="has format 3, this version of adabatch_jax reads 2"):
         run(copied, resume="auto")
 
 
@@ -222,7 +228,7 @@ def test_a_folder_that_cannot_hold_checkpoints_ends_the_run(tmp_path):
 
 def test_the_count_of_skipped_steps_goes_on(tmp_path, monkeypatch):
     """Nine steps skipped before the checkpoint and one after it make ten in a row."""
-    monkeypatch.setattr(loop, "MAX_SKIPPED_IN_A_ROW", EVERY + 1)
+    monkeypatch.setattr(rows_module, "MAX_SKIPPED_IN_A_ROW", EVERY + 1)
     monkeypatch.setattr(
         "adabatch_jax.training._classifier._mean_and_deviation", lambda _: (0.0, float("nan"))
     )
