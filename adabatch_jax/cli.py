@@ -164,6 +164,7 @@ def _unboxed(text: str) -> str:
     the output has no Unicode, it is drawn with minus signs, and the title has a rule below it.
     """
     title, *body = text.strip().splitlines() or [""]
+    meant = dict.fromkeys(re.findall(r"^[│| ]+(--\w[\w-]*)", text, flags=re.MULTILINE))
     message: list[str] = []
     for line in (line.strip("│╰╯ ") for line in body):
         if not re.fullmatch("[─-]+", line):
@@ -182,6 +183,8 @@ def _unboxed(text: str) -> str:
     if found := re.match(_NO_VALUE, said):
         return f"{found[1]} needs a value"
     said = re.sub(r"^Error parsing (Train|Spectrum)Config: ", "", said)
+    if meant and said.startswith("Unrecognized"):
+        said += f" (did you mean {' or '.join(meant)}?)"
     return said if title == "Value error" or said.startswith(title) else f"{title}: {said}"
 
 

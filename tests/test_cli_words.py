@@ -10,6 +10,7 @@ from adabatch_jax.cli import main
     ("arguments", "line"),
     [
         (["--wings", "2"], "Unrecognized options: --wings, 2"),
+        (["--datset", "x"], "Unrecognized options: --datset, x (did you mean --dataset?)"),
         (["--learning-rate", "fast"], "--learning-rate must be a number, got 'fast'"),
         (["--initial-batch-size", "1e3"], "--initial-batch-size must be an integer, got '1e3'"),
         (["--epochs", "2.5"], "--epochs must be an integer, got '2.5'"),
