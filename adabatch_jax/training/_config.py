@@ -50,7 +50,7 @@ class TrainConfig:
     criterion: str = "norm"
     """Test that grows the batch: norm, coordinate-norm, inner-product, augmented, noise-scale, or none."""
     eta: float | None = None
-    """Threshold η of norm and coordinate-norm: smaller asks for larger batches (1, coordinate-norm 2; with
+    """Threshold η of norm and coordinate-norm: smaller asks for larger batches (1, coordinate-norm 3; with
     --auto half as much again)."""
     theta: float | None = None
     """Threshold ϑ of inner-product and augmented (0.9)."""

@@ -119,8 +119,9 @@ def _check_test(config: Any) -> None:
     """No option of a test that is not made, and none with which it could never ask for more."""
     for name, criteria in CRITERIA_WITH.items():
         if config.criterion not in criteria:
-            only = " and ".join(criteria)
-            _refuse(config, f"only --criterion {only} reads it", name)
+            others = f"{' and '.join(criteria)} {'do' if criteria[1:] else 'does'}"
+            reason = f"--criterion {config.criterion} does not read {spelled(name)} ({others})"
+            _refuse(config, reason, name)
     if config.criterion == "none":
         debias = ["debias"] if config.debias else []
         kept = "--criterion none makes no test"

@@ -42,7 +42,9 @@ RATES = {
     "momentum": 0.02,
     "lamb": 0.01,
 }
-ETAS = {"norm": 1.0, "coordinate-norm": 2.0}  # the second asks for more at the same η
+# The second asks for more at the same η. Ten epochs as above: norm 1: .116 after 90 steps; coordinate-norm
+# 1: .151 after 29, 2: .123 after 41, 3: .123 after 60.
+ETAS = {"norm": 1.0, "coordinate-norm": 3.0}
 THETA, NU = 0.9, 5.84
 CRITERIA_WITH = {  # thresholds that not every criterion has
     "eta": tuple(ETAS),

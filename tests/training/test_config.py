@@ -87,14 +87,14 @@ COULD_NOT = "--smoothing 0.9 without --debias could never enlarge the batch"
     [
         (
             NONE | {"eta": 0.5},
-            "only --criterion norm and coordinate-norm reads it, leave out --eta",
+            "none does not read --eta (norm and coordinate-norm do), leave out --eta 0.5",
         ),
         (INNER | {"eta": 0.5}, "leave out --eta 0.5"),
         (
             {"theta": 0.5},
-            "only --criterion inner-product and augmented reads it, leave out --theta",
+            "norm does not read --theta (inner-product and augmented do), leave out --th",
         ),
-        (INNER | {"nu": 4.0}, "only --criterion augmented reads it, leave out --nu 4.0"),
+        (INNER | {"nu": 4.0}, "does not read --nu (augmented does), leave out --nu 4.0"),
         (NONE | {"smoothing": 0.5}, "none makes no test, leave out --smoothing 0.5"),
         (NONE | {"growth_limit": 2.0}, "none makes no test, leave out --growth-limit 2.0"),
         (NONE | {"debias": True}, "none makes no test, leave out --debias"),
@@ -105,7 +105,7 @@ COULD_NOT = "--smoothing 0.9 without --debias could never enlarge the batch"
         (AVERAGED, "(--eta 1.0 by default): give --debias, too"),
         (AVERAGED | {"eta": 1.5}, "(--eta 1.5): give --debias, too"),
         (AVERAGED | {"debias": False}, "leave out --no-debias"),
-        (AVERAGED | {"criterion": "coordinate-norm"}, "(--eta 2.0 by default)"),
+        (AVERAGED | {"criterion": "coordinate-norm"}, "(--eta 3.0 by default)"),
         (
             {"auto": True, "debias": False},
             "0.9 (by default with --auto) without --debias could nev",
@@ -162,8 +162,8 @@ def test_every_criterion_has_a_threshold_of_its_own():
         return config.eta, config.theta, config.nu
 
     assert thresholds() == (1.0, None, None)
-    assert thresholds(criterion="coordinate-norm") == (2.0, None, None)
-    assert thresholds(criterion="coordinate-norm", auto=True) == (3.0, None, None)
+    assert thresholds(criterion="coordinate-norm") == (3.0, None, None)
+    assert thresholds(criterion="coordinate-norm", auto=True) == (4.5, None, None)
     assert thresholds(criterion="inner-product") == (None, 0.9, None)
     assert thresholds(criterion="augmented", nu=2.0) == (None, 0.9, 2.0)
     assert thresholds(criterion="none") == (None, None, None)

@@ -247,6 +247,14 @@ def test_every_criterion_drives_a_run(digits, criterion):
     assert tested and all(np.isfinite(r["noise_numerator"]) for r in tested)
 
 
+def test_a_healthy_run_gives_jax_debug_nans_nothing_to_stop_at(digits):
+    """What is not measured, before the first test or at the largest batch, is not NaN on the device."""
+    rows = []
+    with jax.debug_nans(True):
+        run_steps(TrainConfig(model="logistic", epochs=1, max_batch_size=24), digits, rows.append)
+    assert rows[-1]["test_status"] == BatchSizeStatus.AT_MAXIMUM
+
+
 def test_without_a_criterion_the_batch_stays(digits):
     rows = []
     run_steps(TrainConfig(criterion="none", epochs=1), digits, rows.append)
