@@ -120,4 +120,4 @@ def of_population(required: jax.Array, num_examples: int) -> jax.Array:
 
     tr Σ / b · (n − b)/n = tr Σ / T, so 1/b = 1/T + 1/n. Where no T is large enough it stays infinite.
     """
-    return jnp.where(jnp.isinf(required), required, required / (1.0 + required / num_examples))
+    return jnp.where(jnp.isinf(required), required, num_examples / (num_examples / required + 1.0))
