@@ -92,8 +92,8 @@ def adapt_batch_size(
         required batch size.
       initial_batch_size: examples of the first step, over all devices.
       max_batch_size: largest batch size, at most 2**30.
-      min_batch_size: smallest batch size; matters with `monotone=False`. A batch that comes
-        as one group finds its way out, but is measured sooner where there is room for two.
+      min_batch_size: smallest batch size; matters with `monotone=False`. Where it leaves one group the
+        batch takes the way out above.
       multiple_of: batch sizes are rounded up to a multiple of it, for instance micro-batch size ×
         devices. Must divide `initial_batch_size` and `max_batch_size`.
       growth_limit: largest factor (> 1) by which one test may enlarge the batch, before rounding up;

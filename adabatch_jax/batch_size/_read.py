@@ -18,14 +18,15 @@ import optax
 from adabatch_jax.batch_size._state import AdaptBatchSizeState
 
 PyTree = Any
+_SKIPPING = (optax.ApplyIfFiniteState, optax.MultiStepsState)
 
 
 def _states(opt_state: PyTree) -> Iterator[Any]:
-    """Every state that reports metrics, and those of two wrappers of Optax's, outermost first."""
+    """Every state that reports metrics, and those of three wrappers of Optax's, outermost first."""
 
     def is_ours(x: Any) -> bool:
         known = hasattr(type(x), "report_metrics") or hasattr(x, "hyperparams")
-        return known or isinstance(x, optax.ApplyIfFiniteState)
+        return known or isinstance(x, _SKIPPING)
 
     for node in jax.tree.leaves(opt_state, is_leaf=is_ours):
         if is_ours(node):
@@ -49,6 +50,12 @@ def _read(state: Any, reader: str, *names: str) -> dict[str, Any]:
         if len(leaves) == 1:
             found[name] = _first(leaves[0], stacked, f"{reader} of {name}", reader)
     return found
+
+
+def _first_of(state: Any, tree: PyTree, name: str, reader: str) -> Any:
+    """The single number in `tree`, which is part of `state`."""
+    stacked = jnp.ndim(jax.tree.leaves(state[0])[0])
+    return _first(jax.tree.leaves(tree)[0], stacked, f"{reader} of {name}", reader)
 
 
 def _first(leaf: Any, stacked: int, what: str, reader: str) -> Any:
@@ -114,19 +121,33 @@ def controller_state(opt_state: PyTree, reader: str = "get_batch_size") -> Adapt
     return _plain(found[0], reader)
 
 
-def was_skipped(opt_state: PyTree, reader: str = "metrics") -> jax.Array:
-    """Whether the last `update` left its gradient out: bool scalar, False where nothing can."""
-    skipped, ran = jnp.zeros((), bool), jnp.ones((), bool)
+def last_call(opt_state: PyTree, reader: str = "metrics") -> tuple[jax.Array, jax.Array]:
+    """Of the last `update`: whether it made a step, and whether it left its gradient out.
+
+    Bool scalars. Where nothing can gather or skip, every call makes a step. What stands inside a wrapper
+    that did not call it tells of an earlier call, and is not asked.
+    """
+    stepped, skipped = jnp.ones((), bool), jnp.zeros((), bool)
     for state in _states(opt_state):
         if isinstance(state, optax.ApplyIfFiniteState):
-            finite = _read(state, reader, "last_finite")["last_finite"]
-            skipped |= ran & ~finite
-        elif hasattr(state, "skipped_call"):
-            # What stands inside was not called in a call that only gathers.
-            told = _read(state, reader, "emitted", "skipped_call")
-            skipped |= ran & told["skipped_call"]
-            ran &= told["emitted"]
-    return skipped
+            left_out = ~_read(state, reader, "last_finite")["last_finite"]
+            done = ~left_out
+        elif isinstance(state, optax.MultiStepsState):
+            told = _read(state, reader, "mini_step", "gradient_step")
+            left_out = jnp.zeros((), bool)
+            if isinstance(state.skip_state, dict) and "should_skip" in state.skip_state:
+                left_out = _first_of(state, state.skip_state["should_skip"], "should_skip", reader)
+            done = (told["mini_step"] == 0) & (told["gradient_step"] > 0) & ~left_out
+        elif hasattr(state, "emitted"):
+            done = _read(state, reader, "emitted")["emitted"]
+            left_out = jnp.zeros((), bool)
+            if hasattr(state, "skipped_call"):
+                left_out = _read(state, reader, "skipped_call")["skipped_call"]
+        else:
+            continue
+        skipped |= stepped & left_out
+        stepped &= done
+    return stepped, skipped
 
 
 def get_batch_size(opt_state: PyTree) -> jax.Array:
@@ -156,9 +177,11 @@ def get_batch_size(opt_state: PyTree) -> jax.Array:
 def has_updated(opt_state: PyTree) -> jax.Array:
     """Whether the last `update` was a real optimizer step, as `optax.MultiSteps.has_updated`.
 
+    With `adaptive_multi_steps` (or `optax.MultiSteps`) around the optimizer most updates only gather, and
+    `optax.apply_if_finite` makes no step of a gradient that is not finite; else every update is one.
+
     Args:
-      opt_state: state of an optimizer with one `adapt_batch_size` in it. With
-        `adaptive_multi_steps` around it most updates only gather; without, every update is a step.
+      opt_state: state of an optimizer with one `adapt_batch_size` in it; inside jit or on the host.
 
     Returns:
       bool scalar; False before the first update.
@@ -173,10 +196,8 @@ def has_updated(opt_state: PyTree) -> jax.Array:
       >>> bool(has_updated(link.init(jnp.zeros(3))))
       False
     """
-    for state in _states(opt_state):
-        if hasattr(state, "emitted"):
-            return _read(state, "has_updated", "emitted")["emitted"]
-    return controller_state(opt_state, "has_updated").updates_seen > 0
+    stepped, _ = last_call(opt_state, "has_updated")
+    return stepped & (controller_state(opt_state, "has_updated").updates_seen > 0)
 
 
 def needs_noise(opt_state: PyTree) -> jax.Array:
@@ -219,10 +240,11 @@ def metrics(opt_state: PyTree) -> dict[str, Any]:
     `required_batch_size` (+inf where no size is large enough) and `degrees_of_freedom`: all four are 0
     if it made none, or had no usable evidence, and the last is 0 just then.
 
-    `skipped`: the last call left its gradient out, as `adaptive_multi_steps` and `optax.apply_if_finite`
-    do with one that is not finite; False where nothing can. (`apply_if_finite` gives up after its
-    `max_consecutive_errors`, and takes a gradient that it calls not finite.) The examples of a skipped
-    call taught nothing: `num_examples`, and with it every schedule over examples, stands still.
+    `skipped`: the last call left its gradient out, as `adaptive_multi_steps`, `optax.apply_if_finite` and
+    `optax.MultiSteps` with `should_skip_update_fn` do; False where nothing can. (`apply_if_finite` gives
+    up after its `max_consecutive_errors`, and takes a gradient that it calls not finite.) All leave the
+    examples of such a call out of `num_examples`: it counts what steps used, and schedules over examples
+    wait.
 
     `learning_rate`: the product of what `inject_hyperparams`, `scale_by_example_schedule`, AutoWU and
     `scale_by_batch_size` last applied. It is absent where only the scale of the last is known, which
@@ -252,7 +274,7 @@ def metrics(opt_state: PyTree) -> dict[str, Any]:
     shown = {} if without else controller_state(opt_state, "metrics").report_metrics()
     rates, scales = [], []
     for state in _states(opt_state):
-        if isinstance(state, AdaptBatchSizeState | optax.ApplyIfFiniteState):
+        if isinstance(state, (AdaptBatchSizeState, *_SKIPPING)):
             continue
         if hasattr(state, "hyperparams"):
             report = _injected_rate(state)
@@ -261,7 +283,7 @@ def metrics(opt_state: PyTree) -> dict[str, Any]:
         rates += [report.pop(k) for k in ("learning_rate",) if k in report]
         scales += [report.pop(k) for k in ("learning_rate_scale",) if k in report]
         shown.update(report)
-    shown["skipped"] = was_skipped(opt_state)
+    shown["skipped"] = last_call(opt_state)[1]
     if rates or scales:
         name = "learning_rate" if rates else "learning_rate_scale"
         shown[name] = jnp.prod(jnp.stack([jnp.asarray(x, jnp.float32) for x in rates + scales]))
@@ -270,8 +292,7 @@ def metrics(opt_state: PyTree) -> dict[str, Any]:
 
 def _injected_rate(state: Any) -> dict[str, Any]:
     """The learning rate of `inject_hyperparams`, where it is one number."""
-    stacked = jnp.ndim(jax.tree.leaves(state[0])[0])
     leaves = jax.tree.leaves(state.hyperparams.get("learning_rate"))
-    if len(leaves) != 1 or jnp.ndim(leaves[0]) != stacked:
+    if len(leaves) != 1 or jnp.ndim(leaves[0]) != jnp.ndim(jax.tree.leaves(state[0])[0]):
         return {}
-    return {"learning_rate": _first(leaves[0], stacked, "metrics of learning_rate", "metrics")}
+    return {"learning_rate": _first_of(state, leaves, "learning_rate", "metrics")}

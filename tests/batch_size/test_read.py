@@ -301,8 +301,8 @@ def test_a_call_skipped_by_apply_if_finite_is_known(make_noise, inside):
     seen = []
     for gradient in (noise.mean, noise.mean * jnp.nan, noise.mean):
         _, state = update(gradient, state, PARAMS, noise=noise)
-        seen.append(bool(metrics(state)["skipped"]))
-    assert seen == [False, True, False]
+        seen.append((bool(metrics(state)["skipped"]), bool(has_updated(state))))
+    assert seen == [(False, True), (True, False), (False, True)]
     assert metrics(state)["num_examples"] == (24 if inside else 16)
 
 
@@ -367,3 +367,18 @@ def test_tests_go_on_beyond_31_bits_of_updates(make_noise):
     assert tested == [True, False, False, True, False, False, True]
     assert int(state.updates_seen) == int(state.skipped_tests) == 2**31 - 1
     assert has_updated(state)
+
+
+def test_calls_of_optax_multi_steps_are_told_apart(make_noise):
+    """Two calls a step; the third is skipped, and what the controller saw stays as it was."""
+    chain = optax.chain(controller(8), optax.sgd(0.1))
+    optimizer = optax.MultiSteps(chain, 2, should_skip_update_fn=optax.skip_not_finite)
+    update = jax.jit(optimizer.update)
+    state, noise = optimizer.init(PARAMS), make_noise(num_examples=8)
+    seen = [(bool(metrics(state)["skipped"]), bool(has_updated(state)))]
+    for gradient in (noise.mean, noise.mean, noise.mean * jnp.nan, noise.mean, noise.mean):
+        _, state = update(gradient, state, PARAMS, noise=noise)
+        seen.append((bool(metrics(state)["skipped"]), bool(has_updated(state))))
+        assert has_updated(state) == (optimizer.has_updated(state) & ~metrics(state)["skipped"])
+    gathers, steps, skips = (False, False), (False, True), (True, False)
+    assert seen == [gathers, gathers, steps, skips, gathers, steps]
