@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from adabatch_jax._axes import checked_axes, to_varying, varying_axes
 from adabatch_jax._tree import align, squared_norm, trainable, widen
+from adabatch_jax.batch_size._arguments import as_scalar
 from adabatch_jax.noise import GradientNoise
 from adabatch_jax.noise._gradient_noise import pool_noise, squared_gaps
 
@@ -120,8 +121,9 @@ def check_call(
       told: the other arguments of the call, by name; None where one was not given.
     """
     _check_gradient(updates, gathered.mean)
-    _check_scalar("value", told["value"], "the mean loss of the micro-batch, without other outputs")
-    _check_scalar("num_examples", told["num_examples"], "a count of examples or tokens")
+    for name in ("value", "num_examples"):
+        if told[name] is not None:
+            as_scalar(_WHERE, name, told[name])
     if told["batch_size"] is not None:
         raise ValueError(
             f"{_WHERE}: batch_size= would overrule what the links inside are told of the whole batch: "
@@ -139,7 +141,7 @@ def check_call(
             f"{_WHERE}: noise.num_examples says already what stands behind the call: leave num_examples= "
             "out, and give value_and_grad_noise the sizes= of groups that hold unequal numbers"
         )
-    if jax.tree.structure(noise.mean) != jax.tree.structure(updates):
+    if not _alike(noise.mean, updates):
         raise ValueError(
             f"{_WHERE}: noise.mean has another structure than the gradient: hand in noise.mean as the "
             "gradient. Inside optax.masked or optax.partition only a part of it arrives: put "
@@ -153,7 +155,7 @@ def check_call(
 
 
 def _check_gradient(updates: PyTree, like: PyTree) -> None:
-    if jax.tree.structure(updates) != jax.tree.structure(like):
+    if not _alike(updates, like):
         path, got, had = _first_difference(updates, like)
         raise ValueError(
             f"{_WHERE}: at {path} the gradient has {got} and the parameters given to init have {had}: hand "
@@ -161,22 +163,19 @@ def _check_gradient(updates: PyTree, like: PyTree) -> None:
             "eqx.filter(model, eqx.is_inexact_array)"
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(like), strict=True)
-    for (path, gradient), parameter in pairs:
+    for (keys, gradient), parameter in pairs:
         if jnp.shape(gradient) != jnp.shape(parameter):
-            place = jax.tree_util.keystr(path) or "the top"
+            place = jax.tree_util.keystr(keys) or "the top"
             raise ValueError(
                 f"{_WHERE}: at {place} the gradient has shape {jnp.shape(gradient)} and the parameter "
                 f"given to init has {jnp.shape(parameter)}"
             )
 
 
-def _check_scalar(name: str, x: Any, what: str) -> None:
-    if x is None:
-        return
-    is_number = hasattr(x, "shape") or isinstance(x, int | float)
-    if not is_number or jnp.shape(x) != ():
-        got = f"shape {jnp.shape(x)}" if is_number else f"a {type(x).__name__}"
-        raise ValueError(f"{_WHERE}: {name}= must be a scalar, {what}; got {got}")
+def _alike(a: PyTree, b: PyTree) -> bool:
+    """Whether two trees have the same structure."""
+    one: Any = jax.tree.structure(a)
+    return bool(one == jax.tree.structure(b))
 
 
 def _first_difference(updates: PyTree, like: PyTree) -> tuple[str, str, str]:
@@ -190,10 +189,9 @@ def _first_difference(updates: PyTree, like: PyTree) -> tuple[str, str, str]:
     for path in [*theirs, *ours]:
         a, b = ours.get(path), theirs.get(path)
         if (a is None) != (b is None):
-            words = ["nothing" if x is None else f"shape {jnp.shape(x)}" for x in (a, b)]
-            return path or "the top", *words
-    kinds = [type(tree).__name__ for tree in (updates, like)]
-    return "the top", *kinds
+            got, had = ("nothing" if x is None else f"shape {jnp.shape(x)}" for x in (a, b))
+            return path or "the top", got, had
+    return "the top", type(updates).__name__, type(like).__name__
 
 
 def _float32(value: Any) -> jax.Array:

@@ -219,7 +219,7 @@ def adaptive_multi_steps(
             extra_args["trained"] = jax.tree.unflatten(structure, parts.trained)
         size = micro_batch_size if num_examples is None else num_examples
         if noise is None:
-            if num_examples is None:
+            if num_examples is None and micro_batch_size is not None:
                 first = _initial_size(optimizer, updates)
                 _check_first_batch(first, micro_batch_size, devices, 2)
             call = measure_call(

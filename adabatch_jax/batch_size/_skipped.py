@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adabatch_jax.batch_size._read import metrics
+from adabatch_jax.batch_size._read import last_call
 
 PyTree = Any
 
@@ -26,6 +26,7 @@ def unless_skipped(opt_state: PyTree, new: PyTree, old: PyTree) -> PyTree:
     skipped if one device's part of it was, since statistics are shared by the devices. An average of the
     *parameters* needs no such care, since a skipped call does not move them: average where
     `has_updated(opt_state)`, so that the average does not decay once per micro-batch.
+    `optax.apply_if_finite` and `optax.MultiSteps` around the optimizer are understood as well.
 
     Args:
       opt_state: the state that `update` returned; inside jit or on the host.
@@ -36,7 +37,7 @@ def unless_skipped(opt_state: PyTree, new: PyTree, old: PyTree) -> PyTree:
       A pytree like `new`, in its dtypes.
 
     Raises:
-      ValueError: no link of this library in the state, or `new` and `old` of different structure.
+      ValueError: `new` and `old` of different structure; a state stacked by `vmap`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -50,16 +51,14 @@ def unless_skipped(opt_state: PyTree, new: PyTree, old: PyTree) -> PyTree:
 
     Source: ours.
     """
-    skipped = metrics(opt_state)["skipped"]
+    _, skipped = last_call(opt_state, "unless_skipped")
 
     def one(x: Any, y: Any) -> Any:
         if not isinstance(x, jax.Array) or not isinstance(y, jax.Array):
             return x
         return jnp.where(skipped, y.astype(x.dtype) if y.dtype != x.dtype else y, x)
 
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        raise ValueError(
-            f"unless_skipped: new and old differ in structure: {jax.tree.structure(new)} and "
-            f"{jax.tree.structure(old)}"
-        )
+    there, here = (str(jax.tree.structure(tree)) for tree in (new, old))
+    if there != here:
+        raise ValueError(f"unless_skipped: new and old differ in structure: {there} and {here}")
     return jax.tree.map(one, new, old)

@@ -96,8 +96,8 @@ def moved_leaves(
     """
     number, states = len(jax.tree.leaves(updates)), len(jax.tree.leaves(state))
     closed, (moved, left) = jax.make_jaxpr(update, return_shape=True)(updates, state, *rest)
-    same = jax.tree.structure(moved) == jax.tree.structure(updates)
-    if not same or len(jax.tree.leaves(left)) != states:
+    there, here = (str(jax.tree.structure(tree)) for tree in (moved, updates))
+    if there != here or len(jax.tree.leaves(left)) != states:
         return Leaves((True,) * number, (True,) * number)
     sources = number + states
     inputs = range(len(closed.jaxpr.invars))

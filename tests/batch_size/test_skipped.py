@@ -81,5 +81,8 @@ def test_other_structures_are_refused():
     state = DROP_IN.init(W)
     with pytest.raises(ValueError, match="unless_skipped: new and old differ in structure"):
         adabatch.unless_skipped(state, {"a": W}, {"b": W})
-    with pytest.raises(ValueError, match="no "):
-        adabatch.unless_skipped(optax.sgd(0.1).init(W), W, W)
+
+
+def test_where_nothing_can_be_skipped_the_new_is_taken():
+    state = controlled(optax.sgd(0.1)).init(W)
+    assert adabatch.unless_skipped(state, {"a": W + 1}, {"a": W})["a"].all()
