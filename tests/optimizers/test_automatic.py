@@ -137,6 +137,23 @@ DIRECTIONS = {
         "linear",
         4.0,
     ),
+    "sgd clipped hard, with decay": (
+        optax.chain(optax.clip(0.01), optax.identity(), optax.add_decayed_weights(0.1)),
+        "linear",
+        4.0,
+    ),
+    "clipped by the parameters": (
+        optax.chain(optax.adaptive_grad_clip(0.01), optax.trace(0.9)),
+        "linear",
+        4.0,
+    ),
+    "clipped adam with a large eps": (
+        optax.chain(optax.clip_by_global_norm(0.25), optax.scale_by_adam(eps=0.1)),
+        "sqrt",
+        4.0,
+    ),
+    "adagrad norm from afar": (adabatch.scale_by_adagrad_norm(1e3), "sqrt", 8.0),
+    "normalized": (optax.normalize_by_update_norm(), "sqrt", 4.0),
 }
 
 
