@@ -42,7 +42,9 @@ def hessian_noise(
       key: PRNG key of the probe.
       probe: "ritz": z is the largest eigenvalue's Ritz vector on all groups. "random": z is uniform on
         the sphere, as the authors have it. Both agree if the noise has no preferred direction; in real
-        networks it is aligned with the outliers, and "random" misses most of what moves λ₁.
+        networks it is aligned with the outliers, and "random" misses most of what moves λ₁. Fitted to the
+        very examples that it is measured on, z makes ν² a little too large: with Hessians of rank one by
+        8 % for 36 examples, 2.5 % for 144 and 1 % for 576.
       num_steps: Lanczos steps of "ritz".
       axis_name: device axes over which the groups are spread.
 
