@@ -11,6 +11,7 @@ import numbers
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def _is_known(value: Any) -> bool:
@@ -52,6 +53,31 @@ def function(where: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if not callable(value):
             raise ValueError(f"{where}: {name} must be callable, got {value!r}")
+
+
+def real_arrays(where: str, **trees: Any) -> None:
+    """Every leaf must be an array (or number) of real floating-point numbers."""
+    for name, tree in trees.items():
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            place = name + jax.tree_util.keystr(path)
+            if not isinstance(leaf, numbers.Number) and not hasattr(leaf, "dtype"):
+                raise ValueError(
+                    f"{where}: {place} is no array but {leaf!r}: give the trained arrays alone, and put "
+                    "the model together again inside the loss (Equinox: eqx.partition(model, "
+                    "eqx.is_inexact_array), eqx.combine; Flax: nnx.split(model, nnx.Param, ...), nnx.merge)"
+                )
+            dtype = jnp.result_type(leaf)
+            if jnp.issubdtype(dtype, jnp.complexfloating):
+                raise ValueError(
+                    f"{where}: {place} is complex ({dtype}), and this is defined for real numbers: "
+                    "keep real and imaginary part as two arrays"
+                )
+            if not jnp.issubdtype(dtype, jnp.floating):
+                kind = "a PRNG key" if jnp.issubdtype(dtype, jax.dtypes.prng_key) else str(dtype)
+                raise ValueError(
+                    f"{where}: {place} is {kind}, and must be floating-point numbers: keep what is not "
+                    "trained (keys, counters, buffers) outside, and let the loss close over it"
+                )
 
 
 def _is_number(value: Any) -> bool:

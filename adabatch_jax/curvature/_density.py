@@ -25,7 +25,7 @@ class SpectralDensity(NamedTuple):
 
     grid: jax.Array  # eigenvalues
     density: jax.Array  # mean over probes
-    standard_error: jax.Array  # over probes; NaN for one
+    standard_error: jax.Array  # over probes; 0 for one, which tells nothing of it
 
 
 def spectral_density(
@@ -75,5 +75,5 @@ def spectral_density(
 
     each = jax.vmap(of_probe)(spectrum.eigenvalues, spectrum.weights)
     num_probes = each.shape[0]
-    deviation = jnp.std(each, axis=0, ddof=1) if num_probes > 1 else jnp.full(num_points, jnp.nan)
+    deviation = jnp.std(each, axis=0, ddof=1) if num_probes > 1 else jnp.zeros(num_points)
     return SpectralDensity(grid, jnp.mean(each, axis=0), deviation / num_probes**0.5)

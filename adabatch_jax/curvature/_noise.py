@@ -52,7 +52,8 @@ def hessian_noise(
       ν² ≥ 0, float32 scalar, in squared units of the Hessian.
 
     Raises:
-      ValueError: fewer than two groups; an unknown probe; groups without two axes.
+      ValueError: fewer than two groups; an unknown probe; groups without two axes; a leaf of `params` is
+        no array of real floating-point numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -68,6 +69,7 @@ def hessian_noise(
     _validate.function(where, loss_fn=loss_fn)
     _validate.one_of(where, PROBES, probe=probe)
     _validate.positive_int(where, num_steps=num_steps)
+    _validate.real_arrays(where, params=params)
     _group_shape(where, groups)
     axes = axis_tuple(axis_name)
     if probe == "random":
@@ -203,7 +205,7 @@ def batch_sharpness(
       Mean over groups and its standard error. Groups whose gradient is zero count as zero.
 
     Raises:
-      ValueError: fewer than two groups.
+      ValueError: fewer than two groups; a leaf of `params` is no array of real floating-point numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -214,6 +216,7 @@ def batch_sharpness(
     Source: Andreyev and Beneventano (2024), Edge of Stochastic Stability, arXiv 2412.20553.
     """
     _validate.function("batch_sharpness", loss_fn=loss_fn)
+    _validate.real_arrays("batch_sharpness", params=params)
     num_groups, _ = _group_shape("batch_sharpness", groups)
 
     def one(group: PyTree) -> jax.Array:

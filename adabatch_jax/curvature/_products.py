@@ -77,7 +77,9 @@ class CurvatureProduct:
         params = to_varying(self.params, checked)
 
         def tangent(vector: PyTree) -> PyTree:
-            like = jax.tree.map(lambda v, p: jnp.asarray(v).astype(p.dtype), vector, params)
+            like = jax.tree.map(
+                lambda v, p: jnp.asarray(v).astype(jnp.result_type(p)), vector, params
+            )
             return to_varying(like, checked)
 
         if self.count is None:
@@ -141,7 +143,8 @@ def hessian_vector_product(
       one of at least float32; products inside the model keep its own precision.
 
     Raises:
-      ValueError: `loss_fn` is not callable; leaves disagree on the number of micro-batches.
+      ValueError: `loss_fn` is not callable; a leaf of `params` is no array of real floating-point numbers;
+        leaves disagree on the number of micro-batches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -154,6 +157,7 @@ def hessian_vector_product(
     """
     where = "hessian_vector_product"
     _validate.function(where, loss_fn=loss_fn)
+    _validate.real_arrays(where, params=params)
     _check_micro_batches(where, batch, count)
     return CurvatureProduct(_Hessian(loss_fn), axis_tuple(axis_name), params, batch, count)
 
@@ -183,7 +187,8 @@ def gauss_newton_vector_product(
       A function and pytree, as from `hessian_vector_product`.
 
     Raises:
-      ValueError: a function is not callable; no inputs; leaves disagree on the number of micro-batches.
+      ValueError: a function is not callable; no inputs; a leaf of `params` is no array of real
+        floating-point numbers; leaves disagree on the number of micro-batches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -197,6 +202,7 @@ def gauss_newton_vector_product(
     """
     where = "gauss_newton_vector_product"
     _validate.function(where, model_fn=model_fn, loss_fn=loss_fn)
+    _validate.real_arrays(where, params=params)
     if not batch:
         raise ValueError(f"{where}: batch must start with the inputs, got nothing")
     _check_micro_batches(where, batch, count)

@@ -97,8 +97,8 @@ def lanczos_spectrum(
       A `Spectrum`. Values that are not finite, where the operator's are not.
 
     Raises:
-      ValueError: a count is not a positive integer; `operator` is not callable; `params` are empty;
-        `start` with more than one probe.
+      ValueError: a count is not a positive integer; `operator` is not callable; `params` are empty, or hold
+        what is no array of real floating-point numbers; `start` with more than one probe.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -111,7 +111,7 @@ def lanczos_spectrum(
     (2019), arXiv 1901.10159.
     """
     where = "lanczos_spectrum"
-    _check(where, operator, params, num_steps=num_steps, num_probes=num_probes)
+    _check(where, operator, params, start, num_steps=num_steps, num_probes=num_probes)
     if start is not None and num_probes != 1:
         raise ValueError(f"{where}: num_probes must be 1 with start, got {num_probes!r}")
     sizes = dict(num_steps=int(num_steps), num_probes=int(num_probes))
@@ -160,17 +160,18 @@ def top_eigenvector(
     Source: Lanczos (1950). The start from a part of the batch is ours.
     """
     where = "top_eigenvector"
-    _check(where, operator, params, num_steps=num_steps)
+    _check(where, operator, params, start, num_steps=num_steps)
     if isinstance(operator, CurvatureProduct):
         return _jitted_run(operator, params, key, start, num_steps=int(num_steps))
     return _run(operator, params, key, start, num_steps=int(num_steps))
 
 
-def _check(where: str, operator: Any, params: PyTree, **counts: int) -> None:
+def _check(where: str, operator: Any, params: PyTree, start: PyTree, **counts: int) -> None:
     _validate.function(where, operator=operator)
     _validate.positive_int(where, **counts)
     if not jax.tree.leaves(params):
         raise ValueError(f"{where}: params must hold at least one array, got {params!r}")
+    _validate.real_arrays(where, params=params, start=start)
 
 
 def _spectrum(

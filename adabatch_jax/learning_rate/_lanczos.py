@@ -121,8 +121,9 @@ def scale_by_lanczos(
       all but max_momentum, safety, smoothing, hessian_noise and curvature_batch_size are static_args.
 
     Raises:
-      ValueError: an argument out of range; only one of `hessian_noise` and `curvature_batch_size`; at
-        trace time, a missing `params`, `value_fn=`, or batch size where one is needed.
+      ValueError: an argument out of range; only one of `hessian_noise` and `curvature_batch_size`; in
+        `init`, a parameter that is no array of real floating-point numbers; at trace time, a missing
+        `params`, `value_fn=`, or batch size where one is needed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -153,6 +154,7 @@ def scale_by_lanczos(
     nesterov = variant.startswith("nesterov")
 
     def init(params: PyTree) -> ScaleByLanczosState:
+        _validate.real_arrays(where, params=params)
         # Each number has a buffer of its own: a state with shared ones cannot be donated.
         fields: list[Any] = [jnp.zeros((), jnp.float32) for _ in range(8)]
         fields += [jnp.zeros((), jnp.int32) for _ in range(2)]

@@ -14,7 +14,13 @@ from adabatch_jax._axes import AxisName, axis_tuple
 from adabatch_jax.curvature import full_hessian_extremes, transition_batch_size
 from adabatch_jax.curvature._noise import spectrum_and_noise
 from adabatch_jax.learning_rate._refresh import Refresh
-from adabatch_jax.learning_rate._scaling import batch_sizes, random_matrix_scaling, times
+from adabatch_jax.learning_rate._scaling import (
+    batch_sizes,
+    linear_scaling,
+    random_matrix_scaling,
+    sqrt_scaling,
+    times,
+)
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
@@ -36,12 +42,11 @@ class ScaleByRandomMatrixState(NamedTuple):
 
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""
-        known = self.transition_refreshes > 0
         return {
             "learning_rate_scale": self.measured_scale,
-            "transition_batch_size": jnp.where(known, self.measured_transition, jnp.nan),
-            "curvature_largest": jnp.where(known, self.measured_largest, jnp.nan),
-            "hessian_noise": jnp.where(known, self.measured_noise, jnp.nan),
+            "transition_batch_size": self.measured_transition,
+            "curvature_largest": self.measured_largest,
+            "hessian_noise": self.measured_noise,
             "refreshes": self.transition_refreshes,
             "failed_refreshes": self.failed_transition_refreshes,
         }
@@ -92,12 +97,14 @@ def scale_by_random_matrix(
 
     Returns:
       A `GradientTransformationExtraArgs` for a chain, after the direction. `adabatch.metrics` shows
-      `transition_batch_size`, `curvature_largest`, `hessian_noise`, `refreshes`, `failed_refreshes`.
+      `transition_batch_size`, `curvature_largest`, `hessian_noise` (0 before the first usable refresh),
+      `refreshes`, `failed_refreshes`.
       Under `optax.inject_hyperparams` all but base_batch_size, momentum, smoothing and dataset_size
       are static_args.
 
     Raises:
-      ValueError: an argument out of range; at trace time, `params`, `loss_fn=`, `groups=` or the batch
+      ValueError: an argument out of range; in `init`, a parameter that is no array of real floating-point
+        numbers; at trace time, `params`, `loss_fn=`, `groups=` or the batch
         size missing, or fewer than two groups.
 
     Example:
@@ -123,7 +130,7 @@ def scale_by_random_matrix(
     axes, default_base = axis_tuple(axis_name), base_batch_size
 
     def init(params: PyTree) -> ScaleByRandomMatrixState:
-        del params
+        _validate.real_arrays(where, params=params)
         fields = [jnp.ones((), jnp.float32), *(jnp.zeros((), jnp.float32) for _ in range(3))]
         fields += [jnp.zeros((), jnp.int32) for _ in range(2)]
         fields += [refresh.start(), jax.random.key_data(jax.random.key(seed))]
@@ -184,9 +191,10 @@ def scale_by_random_matrix(
         transition = transition_batch_size(
             state.measured_largest, state.measured_noise, momentum=momentum
         )
-        known = jnp.where(state.transition_refreshes > 0, transition, jnp.nan)
-        rule = random_matrix_scaling(known, adaptive=adaptive, dataset_size=dataset_size)
-        factor = rule(size, base)
+        known = state.transition_refreshes > 0
+        rule = random_matrix_scaling(transition, adaptive=adaptive, dataset_size=dataset_size)
+        cautious = sqrt_scaling() if adaptive else linear_scaling()
+        factor = jnp.where(known, rule(size, base), jnp.minimum(cautious(size, base), 1.0))
         return times(updates, factor), state._replace(
             measured_scale=factor,
             measured_transition=transition,

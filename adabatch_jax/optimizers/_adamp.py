@@ -58,7 +58,8 @@ def scale_by_adamp(
       nesterov and channel_axis belong to static_args.
 
     Raises:
-      ValueError: an argument out of range; at trace time, a missing `params`.
+      ValueError: an argument out of range; in `init`, a parameter that is no array of real floating-point
+        numbers; at trace time, a missing `params`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,6 +79,8 @@ def scale_by_adamp(
         raise ValueError(f"{where}: channel_axis must be an integer, got {channel_axis!r}")
 
     def init(params: PyTree) -> ScaleByAdampState:
+        _validate.real_arrays(where, params=params)
+
         def zeros(p: Any) -> jax.Array:
             return jnp.zeros(jnp.shape(p), jnp.float32)
 
@@ -151,7 +154,7 @@ def adamp(
       nesterov and channel_axis belong to static_args.
 
     Raises:
-      ValueError: an argument out of range; at trace time, a missing `params`.
+      ValueError: as `scale_by_adamp`.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -74,7 +74,8 @@ def scale_by_batch_adam(
       nesterov: m̂ looks one step ahead, as in `optax.scale_by_adam`.
 
     Returns:
-      A `GradientTransformationExtraArgs`; m̂ and v̂ are float32 whatever the parameters are.
+      A `GradientTransformationExtraArgs`; m̂ and v̂ are float32 whatever the parameters are. (Of complex
+      ones m̂ is complex, and v̂ the mean of |g|².)
       `adabatch.metrics` shows `adam_beta1`, `adam_beta2` and `adam_eps` of the last step. Under
       `optax.inject_hyperparams` scale_betas, eps_scaling and nesterov belong to static_args.
 
@@ -110,9 +111,12 @@ def scale_by_batch_adam(
         def zeros(p: Any) -> jax.Array:
             return jnp.zeros(jnp.shape(p), jnp.float32)
 
+        def zeros_of_mean(p: Any) -> jax.Array:
+            return jnp.zeros(jnp.shape(p), _wide(p))
+
         used = (rule(default_base, default_base) for rule in rules)
         weights = (jnp.zeros((), jnp.float32) for _ in range(2))
-        moments = (jax.tree.map(zeros, params) for _ in range(2))
+        moments = (jax.tree.map(kind, params) for kind in (zeros_of_mean, zeros))
         return ScaleByBatchAdamState(*used, *weights, *moments)
 
     def update(
@@ -137,12 +141,12 @@ def scale_by_batch_adam(
         weight_2 = _between(state.batch_adam_weight2, jnp.ones((), jnp.float32), share_2)
         # Averages that are kept corrected need no division by 1 − ∏ β, and a constant gradient
         # passes through them without rounding.
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
+        gradients = jax.tree.map(lambda g: g.astype(_wide(g)), updates)
         mu = jax.tree.map(
             lambda m, g: _between(m, g, share_1 / weight_1), state.batch_adam_mu, gradients
         )
         nu = jax.tree.map(
-            lambda v, g: _between(v, jnp.square(g), share_2 / weight_2),
+            lambda v, g: _between(v, jnp.real(g * jnp.conj(g)), share_2 / weight_2),
             state.batch_adam_nu,
             gradients,
         )
@@ -157,6 +161,10 @@ def scale_by_batch_adam(
         return result, ScaleByBatchAdamState(beta_1, beta_2, epsilon, weight_1, weight_2, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(x: Any) -> Any:
+    return jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
 
 
 def _between(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:

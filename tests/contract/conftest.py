@@ -27,7 +27,7 @@ def no_arguments(gradient: PyTree, step: int) -> dict[str, Any]:
 def noise_of(gradient: PyTree, step: int) -> dict[str, Any]:
     """A noise whose every number changes from step to step, and makes batch sizes move."""
     scatter = jax.tree.map(
-        lambda g: (step + 1) * 50.0 * jnp.square(g.astype(jnp.float32)), gradient
+        lambda g: (step + 1) * 50.0 * jnp.square(jnp.abs(g).astype(jnp.float32)), gradient
     )
     noise = adabatch.GradientNoise(
         mean=gradient,
