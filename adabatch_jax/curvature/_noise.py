@@ -70,7 +70,7 @@ def hessian_noise(
     _validate.one_of(where, PROBES, probe=probe)
     _validate.positive_int(where, num_steps=num_steps)
     _validate.real_arrays(where, params=params)
-    _group_shape(where, groups)
+    group_shape(where, groups)
     axes = axis_tuple(axis_name)
     if probe == "random":
         return _noise_along(random_unit(key, params), loss_fn, params, groups, axes)
@@ -86,7 +86,7 @@ def spectrum_and_noise(
     axes: tuple[str, ...],
 ) -> tuple[Spectrum, jax.Array]:
     """The spectrum of the Hessian on all groups, and ν² along its top Ritz vector."""
-    num_groups, _ = _group_shape("hessian_noise", groups)
+    num_groups, _ = group_shape("hessian_noise", groups)
     whole = hessian_vector_product(loss_fn, params, groups, count=num_groups, axis_name=axes)
     spectrum, top = lanczos(whole.linear(), random_unit(key, params), num_steps)
     return spectrum, _noise_along(top, loss_fn, params, groups, axes)
@@ -100,7 +100,7 @@ def _noise_along(
     axes: tuple[str, ...],
 ) -> jax.Array:
     """ν² = E ‖(H_i − H) z‖², from products with the Hessian of one group after the other."""
-    num_groups, group_size = _group_shape("hessian_noise", groups)
+    num_groups, group_size = group_shape("hessian_noise", groups)
     checked = checked_axes(axes)
 
     def add(i: jax.Array, carry: tuple[PyTree, jax.Array]) -> tuple[PyTree, jax.Array]:
@@ -217,7 +217,7 @@ def batch_sharpness(
     """
     _validate.function("batch_sharpness", loss_fn=loss_fn)
     _validate.real_arrays("batch_sharpness", params=params)
-    num_groups, _ = _group_shape("batch_sharpness", groups)
+    num_groups, _ = group_shape("batch_sharpness", groups)
 
     def one(group: PyTree) -> jax.Array:
         gradient = widen(jax.grad(loss_fn)(params, group))
@@ -239,7 +239,7 @@ def _dot(a: PyTree, b: PyTree) -> jax.Array:
     return total
 
 
-def _group_shape(where: str, groups: PyTree) -> tuple[int, int]:
+def group_shape(where: str, groups: PyTree) -> tuple[int, int]:
     """(number of groups, size of a group)."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(groups)]
     if not shapes or any(len(s) < 2 for s in shapes) or len({s[:2] for s in shapes}) > 1:

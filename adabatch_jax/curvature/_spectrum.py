@@ -98,7 +98,7 @@ def lanczos_spectrum(
 
     Raises:
       ValueError: a count is not a positive integer; `operator` is not callable; `params` are empty, or hold
-        what is no array of real floating-point numbers; `start` with more than one probe.
+        what is no array of real floating-point numbers; `start` has other shapes, or more than one probe.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -172,6 +172,13 @@ def _check(where: str, operator: Any, params: PyTree, start: PyTree, **counts: i
     if not jax.tree.leaves(params):
         raise ValueError(f"{where}: params must hold at least one array, got {params!r}")
     _validate.real_arrays(where, params=params, start=start)
+    wanted, given = _shapes(params), _shapes(params if start is None else start)
+    if given != wanted:
+        raise ValueError(f"{where}: start must be like params, {wanted}, got {given}")
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(k): jnp.shape(x) for k, x in jax.tree.leaves_with_path(tree)}
 
 
 def _spectrum(

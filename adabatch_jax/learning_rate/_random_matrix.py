@@ -12,7 +12,7 @@ import optax
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple
 from adabatch_jax.curvature import full_hessian_extremes, transition_batch_size
-from adabatch_jax.curvature._noise import spectrum_and_noise
+from adabatch_jax.curvature._noise import group_shape, spectrum_and_noise
 from adabatch_jax.learning_rate._refresh import Refresh
 from adabatch_jax.learning_rate._scaling import (
     batch_sizes,
@@ -144,7 +144,7 @@ def scale_by_random_matrix(
     ) -> ScaleByRandomMatrixState:
         key, draw = jax.random.split(jax.random.wrap_key_data(state.transition_key))
         spectrum, noise = spectrum_and_noise(loss_fn, params, groups, draw, num_steps, axes)
-        num_groups, group_size = jax.tree.leaves(groups)[0].shape[:2]
+        num_groups, group_size = group_shape(where, groups)
         for axis in axes:
             num_groups = num_groups * jax.lax.axis_size(axis)
         largest = full_hessian_extremes(
@@ -181,6 +181,7 @@ def scale_by_random_matrix(
                 "optimizer.update(gradient, state, params, noise=noise, loss_fn=loss_fn, "
                 "groups=groups), with what value_and_grad_noise takes"
             )
+        group_shape(where, groups)
         given = default_base if base_batch_size is None else base_batch_size
         size, base = batch_sizes(where, given, noise, batch_size)
         due = refresh.due(state.since_transition, state.transition_refreshes > 0, emit)

@@ -59,7 +59,7 @@ def scale_by_adamp(
 
     Raises:
       ValueError: an argument out of range; in `init`, a parameter that is no array of real floating-point
-        numbers; at trace time, a missing `params`.
+        numbers, or has no axis `channel_axis`; at trace time, a missing `params`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,6 +80,12 @@ def scale_by_adamp(
 
     def init(params: PyTree) -> ScaleByAdampState:
         _validate.real_arrays(where, params=params)
+        for leaf in jax.tree.leaves(params):
+            if jnp.ndim(leaf) >= 2 and not -jnp.ndim(leaf) <= channel_axis < jnp.ndim(leaf):
+                raise ValueError(
+                    f"{where}: a parameter of shape {jnp.shape(leaf)} has no axis "
+                    f"channel_axis={channel_axis}"
+                )
 
         def zeros(p: Any) -> jax.Array:
             return jnp.zeros(jnp.shape(p), jnp.float32)

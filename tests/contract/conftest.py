@@ -98,7 +98,7 @@ class Row:
         return contextlib.nullcontext() if self.promotes else strictly()
 
     def make(self, **more: Any) -> optax.GradientTransformationExtraArgs:
-        return optax.with_extra_args_support(self.factory(*self.args, **self.options, **more))
+        return optax.with_extra_args_support(self.factory(*self.args, **(self.options | more)))
 
     def inject(self) -> optax.GradientTransformationExtraArgs:
         static_args = set(inspect.signature(self.factory).parameters) - set(self.injected)
@@ -120,7 +120,7 @@ def with_controller(criterion: Any, direction: optax.GradientTransformation) -> 
     return optax.chain(adabatch.adapt_batch_size(criterion, **SIZES), direction)
 
 
-IMPROVED = adabatch.scale_by_improved_autowu(total_steps=20, smoother="rbf")
+IMPROVED = adabatch.scale_by_improved_autowu(total_steps=50, smoother="rbf")
 AUTOWU_OPTIONS = {"num_tests": 5, "max_losses": 16, "smoother": "rbf"}
 TABLE = [
     Row(
@@ -186,7 +186,7 @@ TABLE = [
         "scale_by_autowu",
         adabatch.scale_by_autowu,
         (),
-        {"total_steps": 8, "steps_per_test": 1, "patience": 2},
+        {"total_steps": 20, "steps_per_test": 1, "patience": 2},
         ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor", "peak_factor"),
         value_of,
         cheaper={"warmup_over": True},
@@ -211,7 +211,7 @@ TABLE = [
         adabatch.scale_by_improved_autowu,
         (),
         {
-            "total_steps": 20,
+            "total_steps": 50,
             "smoother": "rbf",
         },  # the other is in the row above, and compiles longer
         (),
@@ -234,9 +234,10 @@ TABLE = [
         "automatic",
         adabatch.automatic,
         (optax.trace(0.9),),
-        SIZES | {"total_examples": 1000, "autowu_options": AUTOWU_OPTIONS},
+        SIZES | {"total_examples": 6400, "autowu_options": AUTOWU_OPTIONS},
         (),
         noise_of,
+        cheaper={"autowu_options": AUTOWU_OPTIONS | {"warmup_over": True}},
         by_hand=1,
         rtol=1e-3,
     ),

@@ -72,3 +72,24 @@ def test_nothing_healthy_is_nan():
             adabatch.full_gauss_newton_extremes(value, 0.0, 0.0)
             adabatch.max_stable_learning_rate(value, momentum=0.9, nesterov=True)
             adabatch.transition_batch_size(value, 0.0)
+
+
+def test_a_start_of_other_shapes_is_named():
+    with pytest.raises(ValueError, match=r"start must be like params, .*\(3,\).*, got .*\(2,\)"):
+        adabatch.top_eigenvector(
+            lambda v: v, {"w": jnp.ones(3)}, KEY, num_steps=2, start={"w": jnp.ones(2)}
+        )
+
+
+def test_an_axis_that_a_weight_has_not_is_named():
+    with pytest.raises(ValueError, match=r"shape \(3, 2\) has no axis channel_axis=2"):
+        adabatch.scale_by_adamp(channel_axis=2).init({"w": jnp.ones((3, 2)), "b": jnp.ones(3)})
+
+
+def test_groups_are_asked_for_by_who_needs_them():
+    link = adabatch.scale_by_random_matrix(base_batch_size=1, adaptive=False, refresh_every=1)
+    w = jnp.ones(2)
+    with pytest.raises(
+        ValueError, match="scale_by_random_matrix: groups must be at least 2, got 1"
+    ):
+        link.update(w, link.init(w), w, batch_size=4, loss_fn=loss, groups=GROUPS[:1])
