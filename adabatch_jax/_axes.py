@@ -32,7 +32,10 @@ def varying_axes(tree: PyTree) -> frozenset[str]:
     """The axes over which any leaf of `tree` is typed as varying; empty where nothing is checked."""
     axes: frozenset[str] = frozenset()
     for leaf in jax.tree.leaves(tree):
-        kind = getattr(jax.typeof(leaf), "manual_axis_type", None)
+        try:
+            kind = getattr(jax.typeof(leaf), "manual_axis_type", None)
+        except TypeError:  # no array, but a static part of a model, say
+            continue
         axes |= kind.varying if kind is not None else frozenset()
     return axes
 

@@ -9,6 +9,23 @@ examples, micro-batches that accumulation makes anyway, devices. `merge_noise` j
 * `value_and_grad_signs` is for batches that cannot be cut: random signs, one backward pass more.
 * `recommend_estimator` compares them by cost and by standard error.
 
+A model that is more than arrays is taken apart before and put together inside the loss. Equinox:
+`params, static = eqx.partition(model, eqx.is_inexact_array)`, and `eqx.combine(params, static)`. Flax NNX,
+whose state (batch statistics, the counters of dropout) advances as in one step, from the mean over groups
+of its floats:
+
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss_fn(params, group, rest):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        loss = jnp.mean((model(group["x"]) - group["y"]) ** 2)
+        return loss, nnx.state(model, nnx.Not(nnx.Param))
+
+    (value, rest), noise = value_and_grad_noise(loss_fn, has_aux=True)(params, groups, rest)
+
+Dropout then is the same in every group, and its noise not seen, until each group brings a key of its own.
+Parameters may be complex: norms, scatter and inner products are those of real and imaginary parts.
+
 Parameters and models may be bfloat16: statistics are float32 all the same. A float16 model wants its
 loss scaled, lest small gradients become 0, and the scale halved when one overflows. Mean and scatter are
 measured on the scaled loss and unscaled in float32, before anything reads them. One group that

@@ -153,21 +153,6 @@ def value_and_grad_noise(
       >>> float(value), float(noise.mean), int(noise.num_examples)
       (10.5, -4.0, 4)
 
-      Flax NNX: `nnx.split` before, and `nnx.merge(..., copy=True)` inside, with a state of its own for
-      every group:
-
-          graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-
-          def loss_fn(params, group, rest):
-              model = nnx.merge(graphdef, params, rest, copy=True)
-              loss = jnp.mean((model(group["x"]) - group["y"]) ** 2)
-              return loss, nnx.state(model, nnx.Not(nnx.Param))
-
-          (value, rest), noise = value_and_grad_noise(loss_fn, has_aux=True)(params, groups, rest)
-
-      Equinox: `params, static = eqx.partition(model, eqx.is_inexact_array)` before, and
-      `eqx.combine(params, static)` inside.
-
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (tests); Chan, Golub, LeVeque (1983)
     (accumulation).
     """

@@ -80,6 +80,8 @@ def test_equinox_model():
     true, gradient = whole(params)
     np.testing.assert_allclose(value, true, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), noise.mean, gradient)
+    handed = value_and_grad_noise(lambda p, x, static: loss_fn(eqx.combine(p, static), x))
+    np.testing.assert_allclose(handed(params, GROUPS, static)[0], true, rtol=1e-5)
 
 
 def test_nnx_model():
