@@ -181,7 +181,7 @@ def value_and_grad_signs(
         def gradient(group: tuple[PyTree, jax.Array], size: jax.Array) -> Tally:
             batch, key = group
             losses, pull, aux = jax.vjp(lambda p: losses_and_aux(p, batch), params, has_aux=True)
-            real = jnp.arange(length) < size
+            real = jnp.arange(length, dtype=jnp.int32) < size
             n = jnp.maximum(size, 1)
             examples = n.astype(jnp.float32)
             signs = _balanced_signs(key, num_signs, real, size)
@@ -225,7 +225,7 @@ def value_and_grad_signs(
 
 def freedom_of_signs(number: Any, size: Any) -> Any:
     """k (n − 1)/(n + k − 2), rounded: the degrees of freedom of k sign vectors over n ≥ 1 examples."""
-    pairs = size + number - 2 + (size * number == 1)  # 0 for one vector over one example
+    pairs = size + number - 2 + 1 // (size * number)  # 0 for one vector over one example
     return (2 * number * (size - 1) + pairs) // (2 * pairs)
 
 
@@ -235,7 +235,7 @@ def _balanced_signs(key: jax.Array, num_signs: int, real: jax.Array, size: jax.A
     def one(key: jax.Array) -> jax.Array:
         drawn = jax.random.uniform(key, real.shape, jnp.float32)
         drawn = jnp.where(real, drawn, 2.0)  # the rest come last
-        rank = jnp.argsort(jnp.argsort(drawn))
+        rank = jnp.argsort(jnp.argsort(drawn)).astype(jnp.int32)
         half = size // 2
         return jnp.where(rank < half, 1, jnp.where(rank < 2 * half, -1, 0))
 

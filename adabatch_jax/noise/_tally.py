@@ -58,7 +58,7 @@ def single(mean: PyTree, size: jax.Array) -> GradientNoise:
 def merge(measure: Any, a: Tally, b: Tally) -> Tally:
     n_a, n_b = (t.noise.num_examples.astype(jnp.float32) for t in (a, b))
     value, averaged = blend(n_a, (a.value, a.averaged), n_b, (b.value, b.averaged))
-    summed = jax.tree.map(lambda x, y: x + kept(n_b, y), a.summed, b.summed)
+    summed = jax.tree.map(lambda x, y: x + kept(n_b > 0, y), a.summed, b.summed)
     taken = jax.tree.map(lambda x, y: jnp.where(n_a > 0, x, y), a.taken, b.taken)
     return Tally(join_noise(a.noise, b.noise, measure), value, averaged, summed, taken)
 
@@ -76,9 +76,9 @@ def pool(
     noise, value = pool_noise(tally.noise, tally.value[..., None], total)
     all_n = jnp.maximum(noise.num_examples.astype(jnp.float32), 1.0)
     averaged = jax.tree.map(
-        lambda x: total(kept(n, align(n, x) * x)) / all_n.astype(x.dtype), tally.averaged
+        lambda x: total(kept(n > 0, align(n, x) * x)) / all_n.astype(x.dtype), tally.averaged
     )
-    summed = jax.tree.map(lambda x: total(kept(n, x)), tally.summed)
+    summed = jax.tree.map(lambda x: total(kept(n > 0, x)), tally.summed)
     taken = tally.taken
     if jax.tree.leaves(taken):
         one = foremost(n > 0)
@@ -87,9 +87,9 @@ def pool(
     return Tally(noise, value[0], averaged, summed, taken)
 
 
-def kept(n: jax.Array, x: jax.Array) -> jax.Array:
-    """`x` where there are examples, 0 where there are none."""
-    return jnp.where(jnp.expand_dims(n > 0, range(n.ndim, x.ndim)), x, jnp.zeros_like(x))
+def kept(mark: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` where it is marked along its leading axes, 0 elsewhere."""
+    return jnp.where(jnp.expand_dims(mark, range(mark.ndim, x.ndim)), x, jnp.zeros_like(x))
 
 
 def accumulate(
