@@ -15,7 +15,7 @@ from adabatch_jax.learning_rate._autowu_plan import Plan, read_clock
 from adabatch_jax.learning_rate._autowu_state import AutowuPhase, ScaleByAutowuState, WarmupEnd
 from adabatch_jax.learning_rate._divergence import LossLevel, follow, no_level
 from adabatch_jax.learning_rate._loss_history import empty_history, record
-from adabatch_jax.learning_rate._minimum import Smoother
+from adabatch_jax.learning_rate._minimum import LEAST_LOCATION, Smoother
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
 from adabatch_jax.learning_rate._step_length import StepLength, measure, no_length
@@ -55,6 +55,7 @@ def scale_by_autowu(
     watch_divergence: bool = False,
     warmup_over: bool = False,
     seed: int = 0,
+    initial_batch_size: int | None = None,
     axis_name: AxisName = None,
     flip_sign: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -74,12 +75,15 @@ def scale_by_autowu(
     of the steps before it alone. With the examples clock it also reads the examples of the step from
     `noise=` (`noise.num_examples`) or `num_examples=`. `emit=False` (`adaptive_multi_steps` passes
     it) keeps the test, the only expensive part, out of a call whose result will be dropped. Losses
-    that are not finite are left out and counted.
+    that are not finite are left out and counted. Losses are followed in float32. When the total is used
+    up the rate is 0, and stays 0 however long training goes on.
 
     `metrics` shows `learning_rate`, `phase` (`AutowuPhase`), `warmup_end` (`WarmupEnd`: why),
-    `peak_learning_rate`, of the last test `minimum_probability` and `minimum_location` (means over
-    its draws; location in [0, 1] of the losses so far), `tests_made`, `failed_draws`,
-    `nonfinite_losses` and `setbacks`; `smoothed_losses` shows the curve.
+    `minimum_found` (bool: the peak is the rate of a minimum; false while the warm-up runs, and where it
+    ended at its limit), `peak_learning_rate` (0 before it is known), of the last test
+    `minimum_probability` and `minimum_location` (means over its draws; location in [0, 1] of the losses
+    so far; 0 before the first), `tests_made`, `failed_draws`, `nonfinite_losses`, `exploded_losses` (left
+    out by `watch_divergence`) and `setbacks`; `smoothed_losses` shows the curve.
 
     Args:
       total_steps: optimizer steps of the run.
@@ -102,7 +106,9 @@ def scale_by_autowu(
       max_losses: size of the buffer with the examples clock. When it is full, neighbours are averaged
         in pairs. The steps clock keeps every loss of the warm-up.
       smoother: "rbf", the paper's (random subsets of the losses), or "quasisep" (all of them; see
-        the guide of `adabatch_jax.learning_rate`).
+        the guide of `adabatch_jax.learning_rate`). "rbf" has the paper's absolute constants, for losses of
+        order one: multiply by a constant what is much smaller or larger. "quasisep" decides alike in all
+        units.
       peak_at: the rate to turn back to: that of the "minimum"; or the "earliest" whose smoothed loss is
         within two posterior standard deviations of the minimum, since in a flat valley the lowest point
         is a matter of chance, its brink is not; or "confirmed", the lower of those that the last two
@@ -111,21 +117,27 @@ def scale_by_autowu(
         warm-up.
       max_relative_step: bound on the peak, so that a step as long as those at the beginning would change
         the parameters by at most this part of their length: α* ≤ max_relative_step / max ‖d‖/‖w‖, over
-        the first 24 directions d and the parameters w with at least two axes; None, or parameters that
-        begin at zero: no bound. A deep network may bear a rate for long without a rise of its loss, and
-        learn little with it. `update` then needs `params`.
+        the first 24 directions d and the parameters w with at least two axes, taken as no shorter than
+        half of √(outputs); None, or parameters that begin at zero: no bound. A deep network may bear a
+        rate for long without a rise of its loss, and learn little with it. Without a warm-up each of
+        these arrays is a bound by itself, and the rate rises over those 24 steps: a rate without search.
+        `update` then needs `params`.
       ramp_fraction: ≥ 0; after the warm-up the rate rises linearly from a third of the peak to all of
         it, over this fraction of the time that the warm-up took; 0: it starts from the peak.
       at_limit: what to do at W without a switch: keep the "last" rate, or go back to the rate at the
         "minimum" of the smoothed losses even so.
-      watch_divergence: end the warm-up at once, at the rate of the minimum, when the loss is not
-        finite or its average rises further above its start than it had fallen below. After the
-        warm-up, halve the rate whenever the average gives back a quarter of what the loss had won.
-        (Average: decay 0.7; both with a margin of 4 standard deviations of the first 8 losses.)
+      watch_divergence: leave out one loss that is not finite or far above the others. At the second in
+        a row, or when the average loss rises further above its start than it had fallen below, end the
+        warm-up at once, at the rate of the minimum. After the warm-up, halve the rate whenever the average
+        gives back a quarter of what the loss has won since, six times at most: `setbacks` says how
+        often, and at 6 that a lower rate did not help. (Average: decay 0.7; both with a margin of 4
+        standard deviations of a loss, as they are now.)
       warmup_over: leave the test out of the program, which then compiles in a quarter of the time. For
         a program that only sees states whose warm-up has ended: state and numbers are the same. A
         warm-up that still runs would go on to W untested.
       seed: of the random subsets; the key is kept in the state.
+      initial_batch_size: examples of the first step, if the examples clock is to refuse a run whose
+        warm-up has fewer than ten steps, as the steps clock does.
       axis_name: device axis, or axes, over which to average `value`. Not needed where the loss is
         that of all devices already, as from `value_and_grad_noise`.
       flip_sign: multiply by minus the rate, as `optax.scale_by_learning_rate` does.
@@ -136,8 +148,9 @@ def scale_by_autowu(
       other argument belongs to static_args.
 
     Raises:
-      ValueError: an argument out of range; not exactly one clock; a run too short for one test; at
-        trace time, a missing `value=`, a missing number of examples, or missing `params`.
+      ValueError: an argument out of range; not exactly one clock; a run too short for one test, or with
+        fewer than ten steps of warm-up; at trace time, a missing `value=`, or one that is no scalar, a
+        missing number of examples, or missing `params`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -170,10 +183,11 @@ def scale_by_autowu(
         ramp_fraction=ramp_fraction,
         at_limit=at_limit,
     )
-    plan.check(max_losses)
+    plan.check(max_losses, initial_batch_size)
     _validate.one_of("scale_by_autowu", tuple(SMOOTHERS), smoother=smoother)
     gp: Smoother = SMOOTHERS[smoother]()
     axes, sign = axis_tuple(axis_name), -1.0 if flip_sign else 1.0
+    unsearched = not max_warmup_fraction > 0
 
     def init(params: PyTree) -> ScaleByAutowuState:
         del params
@@ -245,9 +259,17 @@ def scale_by_autowu(
         position, end = as_float(state.autowu_clock), as_float(clock)
         rises = state.warmup_end == WarmupEnd.RUNNING
 
+        length = state.step_length
+        if isinstance(length, StepLength) and (unsearched or not warmup_over):
+            bound = max_relative_step
+            length = measure(length, updates, params, bound, rises | unsearched, unsearched)
         top = plan.top(first)
         factor, held = plan.falling(position, end, state.peak_position)
-        rate = jnp.where(rises, plan.rising(position, top), state.peak_learning_rate * factor)
+        peak = state.peak_learning_rate
+        if unsearched and isinstance(length, StepLength):
+            peak = jnp.minimum(peak, length.highest_rate)
+            factor *= length.share_seen
+        rate = jnp.where(rises, plan.rising(position, top), peak * factor)
         rate = rate.astype(jnp.float32)
         phase = jnp.where(held, int(AutowuPhase.HOLD), int(AutowuPhase.DECAY))
         phase = jnp.where(rises, int(AutowuPhase.WARMUP), phase).astype(jnp.int32)
@@ -257,16 +279,13 @@ def scale_by_autowu(
         level = state.loss_level
         if isinstance(level, LossLevel):
             level, kept, left_out, diverged = follow(level, loss, position, rises)
-        length = state.step_length
-        if isinstance(length, StepLength) and not warmup_over:
-            length = measure(length, updates, params, max_relative_step, rises)
         setback = diverged & ~rises & (finite | state.warmup_ended_lately())
         setback &= state.setbacks < MAX_SETBACKS
         since = state.since_test + jnp.maximum(increment, 0).astype(jnp.uint32)
         state = state._replace(
             autowu_learning_rate=rate,
             autowu_phase=phase,
-            peak_learning_rate=jnp.where(setback, 0.5, 1.0) * state.peak_learning_rate,
+            peak_learning_rate=jnp.where(setback, 0.5, 1.0) * peak,
             autowu_clock=clock,
             first_increment=first.astype(jnp.int32),
             since_test=since % np.uint32(plan.interval),
@@ -297,7 +316,7 @@ def scale_by_autowu(
         def wait(state: ScaleByAutowuState) -> dict[str, Any]:
             return {name: getattr(state, name) for name in _TESTED}
 
-        if not warmup_over:
+        if not (warmup_over or unsearched):
             state = state._replace(**jax.lax.cond(due, test, wait, state))
 
         # Without a test that ended it, the warm-up goes on from its last rate at the limit.
@@ -363,7 +382,11 @@ def _test(
     streak = jnp.where(2 * votes > ok.shape[0], state.yes_in_a_row + 1, 0).astype(jnp.int32)
     past = streak >= plan.patience
     rate = state.autowu_learning_rate
-    place = draws.location if plan.peak_at == "minimum" else draws.earliest
+    place = draws.location
+    if plan.peak_at != "minimum":
+        # Where the start is as low as that, the losses are too few or too noisy to say that anything
+        # has fallen: the lowest point is then the best guess, and the lowest rate the worst.
+        place = jnp.where(draws.earliest < LEAST_LOCATION, place, draws.earliest)
     if not gp.looks_ahead:  # no further than the last loss that was not left out
         place = jnp.minimum(place, x[jnp.maximum(history.entries - 1, 0)])
     peak = mean(plan.between(rate, jnp.maximum(place - delay, 0.0)))

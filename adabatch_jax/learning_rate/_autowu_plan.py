@@ -14,6 +14,8 @@ UNITS = ("step", "epoch")
 DECAYS = ("cosine", "half_cosine")
 AT_LIMIT = ("last", "minimum")
 PEAK_AT = ("minimum", "earliest", "confirmed")
+# Of a warm-up, at least: with fewer the rate is multiplied by more than three from one to the next.
+LEAST_STEPS = 10
 _RAMP_START = 1.0 / 3.0  # of the peak, where a ramp begins
 _NAME = "scale_by_autowu"
 
@@ -52,8 +54,8 @@ class Plan(NamedTuple):
         """The position from which a held rate decays; the end of the run if none is held."""
         return (1.0 - (self.cooldown_fraction or 0.0)) * self.total
 
-    def check(self, max_losses: int) -> None:
-        """Every option by itself, and that there is time for one test.
+    def check(self, max_losses: int, initial_batch_size: int | None) -> None:
+        """Every option by itself, and that there is time for one test, and for ten steps.
 
         Raises:
           ValueError: naming argument and value.
@@ -83,13 +85,31 @@ class Plan(NamedTuple):
         _validate.one_of(_NAME, DECAYS, decay=self.decay)
         _validate.one_of(_NAME, AT_LIMIT, at_limit=self.at_limit)
         _validate.one_of(_NAME, PEAK_AT, peak_at=self.peak_at)
-        if self.max_warmup_fraction > 0 and self.limit <= self.interval:
-            unit = "steps" if self.by_steps else "examples"
+        if initial_batch_size is not None:
+            _validate.positive_int(_NAME, initial_batch_size=initial_batch_size)
+        if not self.max_warmup_fraction > 0:
+            return
+        unit = "steps" if self.by_steps else "examples"
+        leaves = (
+            f"{_NAME}: total_{unit}={self.total} with max_warmup_fraction={self.max_warmup_fraction} "
+            f"leaves a warm-up of {self.limit} {unit}"
+        )
+        if self.limit <= self.interval:
             raise ValueError(
-                f"{_NAME}: total_{unit}={self.total} with max_warmup_fraction="
-                f"{self.max_warmup_fraction} leaves a warm-up of {self.limit} {unit}, too short for "
-                f"one test after {unit}_per_test={self.interval}"
+                f"{leaves}, too short for one test after {unit}_per_test={self.interval}"
             )
+        steps = self.steps_of(initial_batch_size)
+        if steps is not None and steps < LEAST_STEPS:
+            of_batches = "" if self.by_steps else f", {steps} steps of {initial_batch_size},"
+            raise ValueError(
+                f"{leaves}{of_batches} too short to find a rate in: {LEAST_STEPS} needed"
+            )
+
+    def steps_of(self, initial_batch_size: int | None) -> int | None:
+        """Of the longest warm-up; None if the batch is not known."""
+        if self.by_steps:
+            return self.limit
+        return None if initial_batch_size is None else self.limit // initial_batch_size
 
     def top(self, first_increment: jax.Array) -> jax.Array:
         """W; with the examples clock a whole number of first batches, as steps are."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+LEAST_LOCATION = 0.05  # in [0, 1], of a minimum: what is lowest before has not begun to fall
 NUM_POINTS = 500  # at which the curve is predicted, both ends of [0, 1] included
 _AS_LOW = 2.0  # standard deviations above the minimum within which a curve counts as low
 _DIFFERENCE_VARIANCE = 1e-4  # added to the variance of a difference, in units of the smoother
@@ -43,6 +46,22 @@ class Smoother(NamedTuple):
     test: Callable[..., tuple[Any, Draws]]
     posterior: Callable[..., tuple[jax.Array, Posterior]]
     looks_ahead: bool  # whether x = 1 is the end of the last step; if not, it is the last loss
+
+
+def compiled(function: Function) -> Function:
+    """The function, compiled even where `jax_disable_jit` is set.
+
+    Its recursions over the losses would run in Python there, for minutes and in gigabytes.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            return function(*args)
+        with jax.disable_jit(False):
+            return jax.jit(function)(*args)
+
+    return call  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

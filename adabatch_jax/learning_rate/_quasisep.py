@@ -11,10 +11,12 @@ from tinygp import GaussianProcess, kernels, noise
 
 from adabatch_jax.learning_rate._fit import Moments, Parameters, descend, no_moments
 from adabatch_jax.learning_rate._minimum import (
+    LEAST_LOCATION,
     NUM_POINTS,
     Draws,
     Posterior,
     Smoother,
+    compiled,
     draw,
     in_floats_of,
 )
@@ -24,7 +26,6 @@ _FIT_RATE = 0.1
 _FIT_SIZE = 2000  # losses, at most, that the hyper-parameters are fitted to
 _FIRST_LENGTH_SCALE = 0.2
 _LENGTH_SCALES = (0.05, 1.0)  # of the series at the end of the warm-up; longer before
-_LEAST_LOCATION = 0.05  # of a minimum that counts
 _LEAST_NOISE = 1e-4  # noise variance over that of the curve, at least: float32 needs some
 _INFINITE = 1e8  # the same, of a loss that is not there
 _INSERTED = 1e6  # the same, of a point of the curve: float64 shows a variance of 1e-10 beside it
@@ -67,6 +68,7 @@ def _init() -> QuasisepFit:
     return QuasisepFit(logs, jnp.zeros((), jnp.int32), no_moments(logs))
 
 
+@compiled
 @in_floats_of(32)
 def _test(
     state: QuasisepFit,
@@ -85,7 +87,7 @@ def _test(
     grid, posterior = _posterior(state, x, y, count)
     seen = draw(grid, posterior, unit)
     # A curve that is lowest where it starts has not fallen yet: what rises is noise.
-    has_fallen = ~(seen.location < _LEAST_LOCATION)
+    has_fallen = ~(seen.location < LEAST_LOCATION)
     seen = seen._replace(probability=jnp.where(has_fallen, seen.probability, 0.0))
     return state, jax.tree.map(lambda v: v[None], seen)
 
@@ -153,6 +155,7 @@ def _fit(
 
 
 # One by one under `vmap`, whose rules know nothing of the dtypes that are in force here.
+@compiled
 @jax.custom_batching.sequential_vmap
 @in_floats_of(64)
 def _posterior(

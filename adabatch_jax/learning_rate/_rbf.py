@@ -15,6 +15,7 @@ from adabatch_jax.learning_rate._minimum import (
     Draws,
     Posterior,
     Smoother,
+    compiled,
     draw,
     in_floats_of,
 )
@@ -69,6 +70,7 @@ def _choose(key: jax.Array, length: int, count: jax.Array, size: int) -> jax.Arr
     return jax.lax.top_k(score, size)[1]
 
 
+@compiled
 @in_floats_of(32)
 def _test(
     state: RbfFit,
@@ -125,6 +127,7 @@ def _fit(state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array) -> RbfFit:
     return RbfFit(*descend(loss, *state, rate=_FIT_RATE, steps=_FIT_STEPS))
 
 
+@compiled
 @in_floats_of(32)
 def _posterior(
     state: RbfFit, x: jax.Array, y: jax.Array, count: jax.Array

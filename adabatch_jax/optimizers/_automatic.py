@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -23,6 +25,10 @@ PyTree = Any
 ETA = 1.5  # of the norm test
 BATCH_SIZE_OPTIONS = dict(smoothing=0.9, debias=True, growth_limit=1.1)
 _WARMUP = 0.1  # of the run, at most
+_LEAST_STEPS = 40  # of a warm-up that finds a rate: two for each test
+# Without one: how long a first step may be against the parameters. By the factor on the peak: steps that
+# are as long as the parameters whatever the gradient, others, and those that shrink as they go.
+_STEP_WITHOUT_SEARCH = {1.0: 1 / 32, 4.0: 1 / 8, 8.0: 1 / 2}
 _REMEDY = (
     "say by scaling=adabatch.sqrt_scaling() or linear_scaling() how the rate follows the batch"
 )
@@ -66,6 +72,12 @@ def automatic(
     images held out of Fashion-MNIST's training data, with an MLP (`tests/experiments/automatic_choice.py`);
     the bound is the smallest of four that costs that MLP no more than seeds differ by, 0.1 points.
 
+    A run whose warm-up would have fewer than 40 steps cannot find a rate. It begins at once, with a
+    warning, at the rate at which the longest of the first 24 steps is an eighth as long as the parameters
+    (a half for AdaGrad, 1/32 for LAMB), for the array that allows least; the rate rises over those steps.
+    2. falls away then, 3. and 4. are as above. `metrics` says by `minimum_found` whether a rate was found.
+    When `total_examples` are used up the rate is 0, and training on changes nothing.
+
     `direction` says where to go, without sign or rate: `optax.scale_by_adam()`, `optax.trace(0.9)`, and
     **not** `optax.adam(1e-3)` or `optax.sgd(...)`, which have both already and would turn the step
     around. `update` reads `noise=` (or stands inside `adaptive_multi_steps`) and `value=`, and needs
@@ -76,7 +88,7 @@ def automatic(
         `optax.scale_by_adam()`. May be a chain, with clipping before or weight decay after.
       total_examples: examples that the run will use.
       initial_batch_size: examples per step until the rate is found; then the base of the scaling. A
-        hundred steps in the first tenth of the run are a good number.
+        hundred steps in the first tenth of the run are a good number, and 40 the least.
       max_batch_size: largest batch size.
       criterion: what lets the batch grow; None: `norm_test(1.5)`.
       scaling: rule by which the rate follows the batch. None: `sqrt_scaling()` if the direction is
@@ -92,7 +104,8 @@ def automatic(
       static_args.
 
     Raises:
-      ValueError: an argument out of range; a direction that turns the gradient around, as one with a
+      ValueError: an argument out of range; in `init`, a run too short to find a rate, and no parameter with
+        two axes to tell one from; a direction that turns the gradient around, as one with a
         learning rate does; one that cannot be tried, without `scaling`.
 
     Example:
@@ -128,12 +141,26 @@ def automatic(
         max_relative_step=kind.max_relative_step,
         **kind.autowu_options,
     )
+    options = {**found, **(autowu_options or {})}
+    too_short = _too_short(options["max_warmup_fraction"], total_examples, initial_batch_size)
+    if too_short:
+        warnings.warn(
+            f"automatic: {too_short}. The rate is taken from the length of the parameters instead",
+            stacklevel=2,
+        )
+        step = (autowu_options or {}).get("max_relative_step")
+        step = _STEP_WITHOUT_SEARCH[kind.peak_factor] if step is None else step
+        options |= dict(max_warmup_fraction=0.0, max_relative_step=step)
     schedule = scale_by_improved_autowu(
-        total_examples=total_examples, **{**found, **(autowu_options or {})}
+        total_examples=total_examples, initial_batch_size=initial_batch_size, **options
     )
     direction = optax.with_extra_args_support(direction)
 
     def init(params: PyTree) -> AutomaticState:
+        if too_short and all(jnp.ndim(p) < 2 for p in jax.tree.leaves(params)):
+            raise ValueError(
+                f"automatic: {too_short}. No parameter with two axes or more tells one by its length"
+            )
         links = (controller, direction, scale, schedule)
         return AutomaticState(*(link.init(params) for link in links))
 
@@ -163,3 +190,19 @@ def automatic(
         return updates, AutomaticState(held, *rest)
 
     return return_to_minimum(optax.GradientTransformationExtraArgs(init, update))
+
+
+def _too_short(fraction: Any, total_examples: int, initial_batch_size: int) -> str:
+    """What is wrong with a run that has too few steps to find a rate; empty if nothing is."""
+    steps = int(fraction * total_examples) // initial_batch_size
+    if not fraction > 0 or steps >= _LEAST_STEPS:
+        return ""
+    needed = -(-_LEAST_STEPS * initial_batch_size // fraction)
+    smaller = int(fraction * total_examples) // _LEAST_STEPS
+    remedy = f"at least total_examples={int(needed)}"
+    remedy += f" or initial_batch_size={smaller} at most" if smaller > 1 else ""
+    return (
+        f"total_examples={total_examples} in batches of initial_batch_size={initial_batch_size} is too "
+        f"short a run: its warm-up has {steps} steps, and it takes {_LEAST_STEPS} to find a learning rate "
+        f"({remedy})"
+    )

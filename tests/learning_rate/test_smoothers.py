@@ -219,6 +219,37 @@ def test_a_curve_that_was_flat_bends_when_the_losses_do():
     assert float(jnp.exp(state.parameters[0])) > 0.1
 
 
+@pytest.mark.parametrize("module", [_rbf, _quasisep], ids=["rbf", "quasisep"])
+def test_they_are_compiled_even_where_jit_is_disabled(module, monkeypatch):
+    """Their loops over the losses would run in Python, for minutes."""
+    plain, traced = module._fit, []
+
+    def fit(state, x, *rest):
+        traced.append(isinstance(x, jax.core.Tracer))
+        return plain(state, x, *rest)
+
+    monkeypatch.setattr(module, "_fit", fit)
+    (x, y), given = series(90), (jnp.int32(90), KEY, 1.0)
+    state, test = module._init(), module._test
+    with jax.disable_jit():
+        plain_ = test(state, padded(x, 200, 0.3), padded(y, 200, 5.0), *given)
+    assert traced == [True]
+    expected = jax.jit(test)(state, padded(x, 200, 0.3), padded(y, 200, 5.0), *given)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain_, expected
+    )
+
+
+@pytest.mark.parametrize("units", [1e-6, 1e6])
+def test_the_smoother_of_all_losses_answers_alike_in_all_units(units):
+    (x, y), given = series(90), (jnp.int32(90), KEY, 1.0)
+    test, start = jax.jit(quasisep_smoother().test), quasisep_smoother().init()
+    _, seen = test(start, padded(x, 200, 0.3), padded(units * y, 200, 5.0), *given)
+    _, expected = test(start, padded(x, 200, 0.3), padded(y, 200, 5.0), *given)
+    assert 0.6 < float(expected.probability[0]) < 0.9999
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), seen, expected)
+
+
 def test_the_probability_is_that_of_gaussian_differences():
     rng = np.random.default_rng(3)
     factor = rng.normal(size=(6, 6))
