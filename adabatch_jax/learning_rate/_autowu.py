@@ -385,8 +385,10 @@ def _test(
     place = draws.location
     if plan.peak_at != "minimum":
         # Where the start is as low as that, the losses are too few or too noisy to say that anything
-        # has fallen: the lowest point is then the best guess, and the lowest rate the worst.
-        place = jnp.where(draws.earliest < LEAST_LOCATION, place, draws.earliest)
+        # has fallen: the lowest point is then the best guess, if it is not the start itself, else the
+        # middle, and the lowest rate is the worst.
+        guess = jnp.where(place < LEAST_LOCATION + delay, 0.5 + delay, place)
+        place = jnp.where(draws.earliest < LEAST_LOCATION + delay, guess, draws.earliest)
     if not gp.looks_ahead:  # no further than the last loss that was not left out
         place = jnp.minimum(place, x[jnp.maximum(history.entries - 1, 0)])
     peak = mean(plan.between(rate, jnp.maximum(place - delay, 0.0)))
@@ -397,7 +399,8 @@ def _test(
         peak = jnp.where(good > 0, peak, rate)
     factor = jnp.asarray(plan.peak_factor).astype(jnp.float32)
     peak = state.bounded(jnp.minimum(factor * peak, jnp.maximum(peak, rate)))
-    of_this_test = peak
+    # What a test found where nothing had fallen confirms nothing.
+    of_this_test = jnp.where(mean(draws.location) < LEAST_LOCATION + delay, jnp.inf, peak)
     if plan.peak_at == "confirmed":
         before = jnp.where(state.tests_made > 0, state.peak_learning_rate, jnp.inf)
         peak = jnp.minimum(peak, before)

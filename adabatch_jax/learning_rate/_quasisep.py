@@ -27,6 +27,7 @@ _FIT_SIZE = 2000  # losses, at most, that the hyper-parameters are fitted to
 _FIRST_LENGTH_SCALE = 0.2
 _LENGTH_SCALES = (0.05, 1.0)  # of the series at the end of the warm-up; longer before
 _LEAST_NOISE = 1e-4  # noise variance over that of the curve, at least: float32 needs some
+_LEAST_LOSSES = 10  # behind a minimum that counts
 _INFINITE = 1e8  # the same, of a loss that is not there
 _INSERTED = 1e6  # the same, of a point of the curve: float64 shows a variance of 1e-10 beside it
 
@@ -51,7 +52,8 @@ def quasisep_smoother() -> Smoother:
     the losses better, starts anew from their variance and their neighbours' differences: a curve that
     was flat so far must not stay so. The length scale lies between 0.05 / (part of the warm-up that is
     over)² and 1 of the series: a curve that could bend faster would find minima in the noise before the
-    loss has begun to fall. For the same reason a minimum in the first twentieth does not count.
+    loss has begun to fall. For the same reason a minimum in the first twentieth does not count, nor
+    one of fewer than ten losses.
 
     The curve is conditioned on all losses: the 500 points are inserted into the sorted series with
     infinite noise. In float64, also where the step around it is float32, in which the solver's
@@ -86,9 +88,9 @@ def _test(
     unit = jnp.sqrt(jnp.exp(log_variance) + jnp.exp(log_noise))  # whatever the loss is measured in
     grid, posterior = _posterior(state, x, y, count)
     seen = draw(grid, posterior, unit)
-    # A curve that is lowest where it starts has not fallen yet: what rises is noise.
-    has_fallen = ~(seen.location < LEAST_LOCATION)
-    seen = seen._replace(probability=jnp.where(has_fallen, seen.probability, 0.0))
+    # A curve that is lowest where it starts has not fallen yet: what rises is noise. Nor does a handful say anything.
+    says_something = ~(seen.location < LEAST_LOCATION) & (count >= _LEAST_LOSSES)
+    seen = seen._replace(probability=jnp.where(says_something, seen.probability, 0.0))
     return state, jax.tree.map(lambda v: v[None], seen)
 
 

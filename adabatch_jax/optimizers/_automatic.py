@@ -150,7 +150,7 @@ def automatic(
         )
         step = (autowu_options or {}).get("max_relative_step")
         step = _STEP_WITHOUT_SEARCH[kind.peak_factor] if step is None else step
-        options |= dict(max_warmup_fraction=0.0, max_relative_step=step)
+        options |= dict(max_warmup_fraction=0.0, max_relative_step=step, ramp_fraction=0.0)
     schedule = scale_by_improved_autowu(
         total_examples=total_examples, initial_batch_size=initial_batch_size, **options
     )

@@ -121,7 +121,7 @@ def with_controller(criterion: Any, direction: optax.GradientTransformation) -> 
 
 
 IMPROVED = adabatch.scale_by_improved_autowu(total_steps=50, smoother="rbf")
-AUTOWU_OPTIONS = {"num_tests": 5, "max_losses": 16, "smoother": "rbf"}
+AUTOWU_OPTIONS = {"num_tests": 40, "max_losses": 16, "smoother": "rbf"}
 TABLE = [
     Row(
         "adapt_batch_size",

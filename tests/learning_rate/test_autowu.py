@@ -144,6 +144,21 @@ def test_the_peak_is_at_the_minimum_or_at_the_earliest_rate_as_good(monkeypatch)
         np.testing.assert_allclose(states.peak_learning_rate[-1], expected, rtol=1e-4)
 
 
+def test_where_nothing_has_fallen_for_sure_the_lowest_point_is_the_best_guess(monkeypatch):
+    """Not the lowest rate: a curve that is as low at its start says nothing against the others."""
+
+    def known():
+        seen = Draws(jnp.ones(1), location=jnp.full(1, 0.8), earliest=jnp.full(1, 0.01))
+        return _autowu.rbf_smoother()._replace(test=lambda state, *_: (state, seen))
+
+    monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", known)
+    _, states = run(schedule.__wrapped__(patience=1, peak_at="earliest"), BOWL)
+    last = float(states.autowu_learning_rate[4])
+    np.testing.assert_allclose(
+        states.peak_learning_rate[-1], 1e-5 * (last / 1e-5) ** 0.8, rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     ("first", "step", "place"), [(0.4, 4, 0.4), (0.95, 9, 0.3)], ids=["first", "second"]
 )
@@ -415,9 +430,35 @@ def test_the_state_goes_on_after_a_trip_through_numpy():
     chex.assert_trees_all_equal(straight, stopped)
 
 
+def test_nothing_that_is_reported_is_nan():
+    """From the first step to the last, on the host, where `jax_debug_nans` looks at every number."""
+    link = schedule(smoother="quasisep", watch_divergence=True)
+    step = jax.jit(lambda s, v: link.update({}, s, value=v)[1])
+    state = link.init({})
+    with jax.debug_nans(True):
+        for loss in np.float32(BOWL):
+            shown = adabatch.metrics(state := step(state, loss))
+            assert all(np.isfinite(v) for v in shown.values())
+    assert int(state.tests_made) > 0 and int(shown["warmup_end"]) == WarmupEnd.AT_LIMIT
+
+
+def test_a_loss_is_one_number():
+    link = schedule()
+    with pytest.raises(ValueError, match=r"value= must be one loss, a scalar, got shape \(4,\)"):
+        link.update({}, link.init({}), value=jnp.ones(4))
+
+
+def test_narrow_losses_are_followed_in_float32():
+    link = schedule(smoother="quasisep", watch_divergence=True)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        state = link.update({}, link.init({}), value=jnp.asarray(2.3, dtype))[1]
+        floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
+
+
 def test_a_run_can_be_differentiated_through():
     """Its decisions are steps, so that what it does to a parameter is to multiply it."""
-    link = schedule(smoother="quasisep", total_steps=16, steps_per_test=4, max_learning_rate=0.5)
+    link = schedule(smoother="quasisep", total_steps=20, steps_per_test=4, max_learning_rate=0.5)
 
     def end(start):
         def step(carry, _):
@@ -456,6 +497,14 @@ EXAMPLES = {"total_examples": 100, "examples_per_test": 10}
         (STEPS | {"steps_per_test": 2.5}, "steps_per_test must be a positive integer, got 2.5"),
         (STEPS | {"total_steps": 20}, "total_steps=20 .* too short for one test"),
         (EXAMPLES | {"total_examples": 20}, "total_examples=20 .* too short for one test"),
+        (
+            STEPS | {"total_steps": 18, "steps_per_test": 2},
+            "warm-up of 9 steps too short .*10 needed",
+        ),
+        (
+            EXAMPLES | {"total_examples": 300, "initial_batch_size": 16},
+            "150 examples, 9 steps of 16",
+        ),
         (STEPS | {"min_learning_rate": 1.0}, "min_learning_rate=1.0 must be below"),
         (STEPS | {"min_learning_rate": 0.0}, "min_learning_rate must be a positive number, got 0"),
         (STEPS | {"max_warmup_fraction": 1.5}, "max_warmup_fraction must lie in .*, got 1.5"),
@@ -488,6 +537,7 @@ def test_bad_options_are_named(options, message):
         ({"total_steps": -1}, "total_steps must be a positive integer, got -1"),
         ({"total_steps": 100, "num_tests": 0}, "num_tests must be a positive integer, got 0"),
         ({"total_steps": 4}, "too short for one test"),
+        ({"total_steps": 49}, "warm-up of 9 steps too short"),
         (STEPS | {"direction": optax.adam(1e-3)}, "without sign and learning rate"),
         (STEPS | {"direction": optax.masked(optax.identity(), {})}, "give peak_factor= instead"),
     ],

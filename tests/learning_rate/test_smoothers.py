@@ -242,11 +242,12 @@ def test_they_are_compiled_even_where_jit_is_disabled(module, monkeypatch):
 
 @pytest.mark.parametrize("units", [1e-6, 1e6])
 def test_the_smoother_of_all_losses_answers_alike_in_all_units(units):
-    (x, y), given = series(90), (jnp.int32(90), KEY, 1.0)
+    x, y = series(90)
+    y, given = y - 1.5 * (x - 0.6) ** 2 * (x > 0.6), (jnp.int32(90), KEY, 1.0)  # hardly rises
     test, start = jax.jit(quasisep_smoother().test), quasisep_smoother().init()
     _, seen = test(start, padded(x, 200, 0.3), padded(units * y, 200, 5.0), *given)
     _, expected = test(start, padded(x, 200, 0.3), padded(y, 200, 5.0), *given)
-    assert 0.6 < float(expected.probability[0]) < 0.9999
+    assert 0.6 < float(expected.probability[0]) < 0.999
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), seen, expected)
 
 

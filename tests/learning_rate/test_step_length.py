@@ -141,7 +141,7 @@ def test_bad_input_is_named():
 )
 def test_the_recipe_bounds_what_does_not_shrink_by_itself(direction, bounds):
     """AdaGrad's first step says nothing of the later ones."""
-    sizes = dict(total_examples=1000, initial_batch_size=16, max_batch_size=64)
+    sizes = dict(total_examples=10_000, initial_batch_size=16, max_batch_size=64)
     state = adabatch.automatic(direction, **sizes).init(PARAMS)
     schedule = state.inner_returning_state.inner_schedule
     assert isinstance(schedule.step_length, StepLength) == bounds

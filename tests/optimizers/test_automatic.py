@@ -197,6 +197,52 @@ def test_a_direction_that_cannot_be_tried_works_with_a_rule():
     np.testing.assert_allclose(updates["w"], -1e-5 * noise.mean["w"], rtol=1e-5)
 
 
+def test_a_run_too_short_for_a_search_begins_at_once_and_says_so():
+    """At the rate that the first steps allow, which are as long for every weight under Adam."""
+    steps = 60
+    with pytest.warns(
+        UserWarning, match=r"warm-up has 6 steps, and it takes 40 .*total_examples=12800"
+    ):
+        optimizer = make(total_examples=FIRST * steps, max_batch_size=FIRST, multiple_of=1)
+
+    def loss(params, batch):
+        x, y = batch
+        return jnp.mean(jnp.square(jnp.tanh(x @ params["w"]) @ params["v"] - y[:, None] / 10.0))
+
+    @jax.jit
+    def run(params):
+        def step(carry, start):
+            params, state = carry
+            rows = start + jnp.arange(FIRST)
+            groups = adabatch.split_groups((X[rows], Y[rows]), 8)
+            value, noise = adabatch.value_and_grad_noise(loss)(params, groups)
+            updates, state = optimizer.update(noise.mean, state, params, value=value, noise=noise)
+            return (optax.apply_updates(params, updates), state), adabatch.metrics(state)
+
+        start = params, optimizer.init(params)
+        return jax.lax.scan(step, start, jnp.arange(steps) * FIRST)
+
+    w, v = RNG.normal(size=(6, 32)) / 6**0.5, RNG.normal(size=(32, 1)) / 32**0.5
+    before = {"w": jnp.float32(w), "v": jnp.float32(v)}
+    (params, _), shown = run(before)
+    assert loss(params, (X, Y)) < 0.3 * loss(before, (X, Y))
+    assert (shown["warmup_end"] == WarmupEnd.NO_WARMUP).all() and not shown["minimum_found"].any()
+    peak = 0.125 * np.linalg.norm(v) / 32**0.5  # that array allows less than the other
+    np.testing.assert_allclose(shown["peak_learning_rate"][-1], peak, rtol=0.02)
+    part = np.arange(1, steps + 1) / steps
+    expected = (
+        peak * np.minimum(np.arange(1, steps + 1) / 24, 1.0) * 0.5 * (1 + np.cos(np.pi * part))
+    )
+    np.testing.assert_allclose(shown["learning_rate"], expected, rtol=0.02, atol=1e-7)
+
+
+def test_a_short_run_of_vectors_alone_is_refused_before_it_starts():
+    with pytest.warns(UserWarning, match="taken from the length of the parameters instead"):
+        optimizer = make(total_examples=60 * FIRST)
+    with pytest.raises(ValueError, match=r"initial_batch_size=32 is too short .*two axes"):
+        optimizer.init({"w": jnp.zeros(6), "b": jnp.zeros(())})
+
+
 @pytest.mark.parametrize(
     ("left_out", "message"),
     [("value", "value=loss"), ("noise", "noise="), ("params", "keeps a snapshot")],

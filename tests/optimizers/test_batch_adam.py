@@ -174,7 +174,7 @@ def test_it_is_a_direction_for_automatic():
     optimizer = adabatch.automatic(
         scale_by_batch_adam(base_batch_size=BASE),
         scaling=sqrt_scaling(),
-        total_examples=10_000,
+        total_examples=100_000,
         initial_batch_size=BASE,
         max_batch_size=512,
         autowu_options={"smoother": "rbf"},

@@ -141,7 +141,7 @@ def test_one_program_holds_the_gaussian_process(digits, monkeypatch, steps_per_c
     """The update's; or the chunk of the first batch, which traces its step twice, for the shapes."""
     traced, plain = [], _autowu._test
     monkeypatch.setattr(_autowu, "_test", lambda *given: traced.append(1) or plain(*given))
-    options = dict(model="logistic", epochs=4, max_batch_size=64, steps_per_call=steps_per_call)
+    options = dict(model="logistic", epochs=5, max_batch_size=64, steps_per_call=steps_per_call)
     config = TrainConfig(auto=True, **options)
     assert run_steps(config, digits, lambda row: None).compilations > 2
     assert len(traced) == traces
