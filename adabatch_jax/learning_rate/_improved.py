@@ -35,9 +35,10 @@ def scale_by_improved_autowu(
     The paper's mode spends up to half of the run on its warm-up and tests once an epoch, three times
     in a row: the rate rises tenfold between two tests, and training has suffered when it turns back.
     Here the warm-up takes a fifth of the run at most and holds 20 tests, each on all losses
-    (`smoother="quasisep"`); two in a row end it (`patience=2`), at its limit it turns back to the
-    minimum too (`at_limit`), and a loss that explodes or is not finite ends it at once, and halves
-    the rate later on (`watch_divergence`). The minimum of a flat valley, or the second of two, lies
+    (`smoother="quasisep"`, which decides alike whatever the loss is measured in); two in a row end it
+    (`patience=2`), at its limit it turns back to the minimum too (`at_limit`), and losses that explode
+    or are not finite, two in a row, end it at once, and halve the rate later on, six times at most
+    (`watch_divergence`). The minimum of a flat valley, or the second of two, lies
     where chance puts it: the rate is that of the earliest point as low to two standard deviations, the
     lower of two tests (`peak_at`), which is steady, and low; the peak is four times it (`peak_factor`),
     and halved where that is too high. Since the loss is most curved just there, the rate rises to the
@@ -62,8 +63,9 @@ def scale_by_improved_autowu(
       `scale_by_autowu`.
 
     Raises:
-      ValueError: an argument out of range, not exactly one of the totals, a run too short, or a
-        direction that cannot be tried or turns the gradient around.
+      ValueError: an argument out of range, not exactly one of the totals, a run whose warm-up has fewer
+        than ten steps (with total_examples: if initial_batch_size= is given), or a direction that cannot
+        be tried or turns the gradient around.
 
     Example:
       >>> import jax.numpy as jnp

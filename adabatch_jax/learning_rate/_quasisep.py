@@ -88,7 +88,7 @@ def _test(
     unit = jnp.sqrt(jnp.exp(log_variance) + jnp.exp(log_noise))  # whatever the loss is measured in
     grid, posterior = _posterior(state, x, y, count)
     seen = draw(grid, posterior, unit)
-    # A curve that is lowest where it starts has not fallen yet: what rises is noise. Nor does a handful say anything.
+    # A curve that is lowest where it starts has not fallen yet: what rises is noise, as in a handful.
     says_something = ~(seen.location < LEAST_LOCATION) & (count >= _LEAST_LOSSES)
     seen = seen._replace(probability=jnp.where(says_something, seen.probability, 0.0))
     return state, jax.tree.map(lambda v: v[None], seen)

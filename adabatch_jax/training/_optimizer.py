@@ -122,12 +122,14 @@ def build_optimizer(
     if config.schedule == "autowu":  # a test per epoch, as in the paper
         epoch = total_examples // config.epochs
         with _in_options("--schedule autowu", config):
-            link = adabatch.scale_by_autowu(total_examples=total_examples, examples_per_test=epoch)
+            link = adabatch.scale_by_autowu(
+                total_examples=total_examples, examples_per_test=epoch, initial_batch_size=first
+            )
         return optax.chain(*links, link)
     if config.schedule == "autowu-improved":
         with _in_options("--schedule autowu-improved", config):
             link = adabatch.scale_by_improved_autowu(
-                total_examples=total_examples, direction=direction
+                total_examples=total_examples, initial_batch_size=first, direction=direction
             )
         return adabatch.return_to_minimum(optax.chain(*links, link))
     schedule: float | optax.Schedule = known(config.learning_rate)
