@@ -102,20 +102,17 @@ def test_a_rate_that_was_found_is_told(tmp_path, capsys):
     assert re.search(told, said)
 
 
-def test_a_run_too_short_to_search_takes_a_default_says_so_and_learns(tmp_path, capsys):
+def test_a_run_too_short_to_search_says_so_and_learns(tmp_path, capsys):
     assert main(["train", "--auto", "--epochs", "1", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith(
-        "warning: --auto: the run is too short to find a learning rate: 8 ste"
-    )
+    assert said.err.startswith("warning: --auto: the run is too short to find a learning rate: ")
+    assert "has 8 steps of --initial-batch-size 16, and it takes 40" in " ".join(said.err.split())
     assert said.err.count("\n") == 1
     assert "no minimum of the loss was found, the run is too short to search: peak l" in said.out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["test_accuracy"] >= 0.937, "three points below the same without --auto"
-    assert (
-        summary["warmup"] | {"ended": "NOT_SEARCHED", "minimum_found": False} == summary["warmup"]
-    )
-    assert summary["config"]["learning_rate"] == summary["warmup"]["peak_learning_rate"] == 0.02
+    assert (summary["warmup"]["ended"], summary["warmup"]["minimum_found"]) == ("NO_WARMUP", False)
+    assert summary["warmup"]["peak_learning_rate"] > 1e-3
 
 
 def test_a_warning_is_one_line_and_told_once(monkeypatch, capsys):

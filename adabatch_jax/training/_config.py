@@ -17,7 +17,6 @@ from adabatch_jax.training._options import (
     LARGEST_BATCH_SIZE,
     NU,
     RATES,
-    SEARCH_STEPS,
     THETA,
     WARMUPS,
 )
@@ -153,13 +152,6 @@ class TrainConfig:
             smoothing = BATCH_SIZE_OPTIONS["smoothing"]
         return smoothing, self.auto if debias is None else debias
 
-    def search_steps(self, num_examples: int) -> int | None:
-        """Steps of the first batch that fit into the warm-up that finds the rate; None if none does."""
-        share = WARMUPS.get("auto" if self.auto else self.schedule or "")
-        if share is None or self.initial_batch_size is None:
-            return None
-        return int(share * self.epochs * num_examples) // self.initial_batch_size
-
     def resolved(self, num_examples: int) -> TrainConfig:
         """Every option that was left out, filled in: some defaults depend on others and on the data.
 
@@ -168,8 +160,7 @@ class TrainConfig:
 
         Returns:
           A configuration whose numbers are those of the run. With `auto`, learning_rate, schedule and
-          scaling stay None: they are found. A run too short for that has the default rate of its
-          optimizer instead, and `auto` is False; `too_short` says so in words.
+          scaling stay None: they are found.
 
         Raises:
           ValueError: the sizes contradict each other; the run is too short for its `schedule`.
@@ -196,15 +187,24 @@ class TrainConfig:
             values["refresh_every"] = max(min(400 * measured, self.epochs * num_examples // 3), 1)
         left_out = {k: v for k, v in values.items() if getattr(self, k) is None}
         found = dataclasses.replace(self, **left_out)
-        steps = found.search_steps(num_examples)
-        if steps is None or steps >= SEARCH_STEPS:
-            return found
-        if found.auto:
-            return dataclasses.replace(found, auto=False).resolved(num_examples)
-        raise ValueError(
-            f"train: --schedule {found.schedule} has {steps} steps of --initial-batch-size "
-            f"{found.initial_batch_size} in its warm-up, too short for one test of the loss: it needs "
-            f"{SEARCH_STEPS}, so give more --epochs or a smaller --initial-batch-size"
+        if not self.auto and (lack := found.lacks_steps(num_examples)) is not None:
+            raise ValueError(f"train: --schedule {found.schedule}: {lack}")
+        return found
+
+    def lacks_steps(self, num_examples: int) -> str | None:
+        """Says in words that there are too few steps to find a rate in; None if there are enough."""
+        found = self.resolved(num_examples) if self.initial_batch_size is None else self
+        first, way = found.initial_batch_size, "auto" if self.auto else self.schedule or ""
+        if first is None or way not in WARMUPS:
+            return None
+        share, least = WARMUPS[way]
+        steps = int(share * self.epochs * num_examples) // first
+        if steps >= least:
+            return None
+        return (
+            f"the run is too short to find a learning rate: the part of it that is for that has {steps} "
+            f"steps of --initial-batch-size {first}, and it takes {least}; more --epochs or a smaller "
+            "first batch would do"
         )
 
     def _automatic_sizes(self, num_examples: int) -> dict[str, Any]:
@@ -217,26 +217,14 @@ class TrainConfig:
         def power_of_two(number: float) -> int:
             return 2 ** round(math.log2(max(number, 1.0)))
 
-        searched = int(WARMUPS["auto"] * self.epochs * num_examples) // SEARCH_STEPS
-        first = min(power_of_two(num_examples / 256), 2 ** (max(searched, 1).bit_length() - 1), 256)
+        share, least = WARMUPS["auto"]
+        fitting = max(int(share * self.epochs * num_examples) // least, 1)
+        first = min(power_of_two(num_examples / 256), 2 ** (fitting.bit_length() - 1), 256)
         given = self.initial_batch_size, self.max_batch_size
         first = given[0] or max(first, FIRST_BATCH_SIZE)
         largest = max(min(power_of_two(num_examples / 4), 8192), first)
         check_order(first, given[1] or largest, given, " with --auto")
         return {"initial_batch_size": first, "max_batch_size": largest}
-
-    def too_short(self, num_examples: int) -> str | None:
-        """Says in words that --auto has to do without a search for the rate; None where it has not."""
-        found = self.resolved(num_examples)
-        if not self.auto or found.auto:
-            return None
-        steps = dataclasses.replace(self, initial_batch_size=found.initial_batch_size)
-        return (
-            f"the run is too short to find a learning rate: {steps.search_steps(num_examples)} steps of "
-            f"--initial-batch-size {found.initial_batch_size} in the tenth of it that --auto searches "
-            f"in, {SEARCH_STEPS} are needed; it goes on at {found.learning_rate:g}, the default of "
-            f"--optimizer {self.optimizer}"
-        )
 
     @property
     def output(self) -> Path:

@@ -21,7 +21,7 @@ from adabatch_jax.training._data import Dataset
 from adabatch_jax.training._devices import Devices, as_before, on_host
 from adabatch_jax.training._feed import Feed
 from adabatch_jax.training._ladder import Rung, batch_sizes_of, rung_after, rung_for
-from adabatch_jax.training._optimizer import build_optimizer, known
+from adabatch_jax.training._optimizer import build_optimizer, known, told_already
 from adabatch_jax.training._resume import RunState
 from adabatch_jax.training._rows import HINT, HINTS, Row, RowReader, TrainingError
 from adabatch_jax.training._step import make_gradient, make_step, make_update
@@ -70,8 +70,9 @@ def run_steps(config: TrainConfig, dataset: Dataset, on_row: Callable[[Row], Non
       TrainingError: the loss stays not finite.
     """
     check_dataset(dataset)
-    if (reason := config.too_short(len(dataset.train_labels))) is not None:
-        warnings.warn(f"--auto: {reason}", stacklevel=2)
+    if config.auto and (lack := config.lacks_steps(len(dataset.train_labels))) is not None:
+        told = f"--auto: {lack}; it is taken from the length of the parameters instead"
+        warnings.warn(told, stacklevel=2)
     run = Run(config, dataset)
     done = run(run.first, on_row)
     return Steps(done.params, done.opt_state, run.apply, run.compilations)
@@ -92,7 +93,8 @@ class Run:
         self._devices = devices = Devices(config.devices)
         self.budget = config.epochs * num_examples
         params, self.apply = classifier(config.model, dataset, config.seed)
-        optimizer = build_optimizer(config, self.budget)
+        with told_already():
+            optimizer = build_optimizer(config, self.budget)
         self.first = RunState(params, optimizer.init(params))
 
         self._data = dataset.train_inputs, dataset.train_labels
@@ -121,7 +123,10 @@ class Run:
             if sizes[1] > ladder["max_batch_size"]:  # what is asked for beyond the budget, too
                 sizes = sizes[0], 2**31 - 1
             over = bool(config.auto) and sizes[0] > first
-            mine = build_optimizer(config, self.budget, warmup_over=True) if over else optimizer
+            mine = optimizer
+            if over:
+                with told_already():
+                    mine = build_optimizer(config, self.budget, warmup_over=True)
             step = devices.mapped(make_step(self.apply, mine, curvature=curvature, **measured))
             return make_chunk(step, devices, rung, sizes, num_examples, config.steps_per_call)
 

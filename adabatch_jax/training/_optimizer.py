@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -136,6 +137,13 @@ def build_optimizer(
     if config.schedule == "cosine":
         schedule = optax.cosine_decay_schedule(schedule, total_examples)
     return optax.chain(*links, adabatch.scale_by_example_schedule(schedule))
+
+
+@contextlib.contextmanager
+def told_already() -> Iterator[None]:
+    """Keeps back what the library warns of in its own words: the caller has said it in the command's."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        yield
 
 
 @contextlib.contextmanager

@@ -51,10 +51,8 @@ CRITERIA_WITH = {  # thresholds that not every criterion has
     "theta": ("inner-product", "augmented"),
     "nu": ("augmented",),
 }
-# The part of a run that its warm-up may take, and the steps of the first batch that must fit into it for
-# the rise of the loss to be told from its noise.
-WARMUPS = {"auto": 0.1, "autowu": 0.5, "autowu-improved": 0.2}
-SEARCH_STEPS = 25
+# The part of a run that may go into finding its rate, and how many steps of the first batch it takes.
+WARMUPS = {"auto": (0.1, 40), "autowu": (0.5, 10), "autowu-improved": (0.2, 10)}
 
 
 def spelled(name: str) -> str:

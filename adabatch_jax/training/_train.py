@@ -24,7 +24,7 @@ from adabatch_jax.training._config import TrainConfig
 from adabatch_jax.training._data import Dataset, load_dataset
 from adabatch_jax.training._interrupt import RunInterrupted, between_steps
 from adabatch_jax.training._loop import ProcessLost, Run
-from adabatch_jax.training._optimizer import build_optimizer, known
+from adabatch_jax.training._optimizer import build_optimizer, told_already
 from adabatch_jax.training._options import FINDS_ITS_RATE, OUTSIDE_THE_RUN
 from adabatch_jax.training._plot import plot_run
 from adabatch_jax.training._processes import connect
@@ -35,7 +35,7 @@ from adabatch_jax.training._rows import COLUMNS, Row
 from adabatch_jax.training._step import make_evaluation
 from adabatch_jax.training._tensorboard import EventWriter, check_tensorboard
 from adabatch_jax.training._text import load_text
-from adabatch_jax.training._warmup import describe_warmup, no_warmup, note_warmup
+from adabatch_jax.training._warmup import describe_warmup, note_warmup, was_searched
 
 PyTree = Any
 
@@ -96,11 +96,11 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         check_tensorboard()
     connect(config)
     dataset = _load(config)
-    too_short = config.too_short(len(dataset.train_labels))
     config = config.resolved(len(dataset.train_labels))
     budget = config.epochs * len(dataset.train_labels)
     # What it refuses, it refuses before a line or a file is written.
-    build_optimizer(config, budget)
+    with told_already():
+        build_optimizer(config, budget)
     main = jax.process_index() == 0
     out = prepare_output(config.output) if main else config.output
 
@@ -108,8 +108,8 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         to = console or rich.console.Console(stderr=True)
         to.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
 
-    if too_short and main:
-        warn(f"--auto: {too_short}")
+    if main and (lack := config.lacks_steps(len(dataset.train_labels))) is not None:
+        warn(f"--auto: {lack}; it is taken from the length of the parameters instead")
     run = Run(config, dataset)
     checkpoints = Checkpoints(
         out / "state",
@@ -187,11 +187,9 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
     title = f"{config.dataset} · {config.model} · {config.optimizer} · {reached}"
     smoothed, warmup = None, None
     if config.auto or config.schedule in FINDS_ITS_RATE:
-        smoothed = adabatch.smoothed_losses(done.opt_state)
-        warmup = describe_warmup(adabatch.metrics(done.opt_state), smoothed)
-    elif too_short:
-        warmup = no_warmup(known(config.learning_rate))
-    if warmup is not None:
+        seen = adabatch.smoothed_losses(done.opt_state)
+        warmup = describe_warmup(adabatch.metrics(done.opt_state), seen)
+        smoothed = seen if was_searched(warmup) else None
         summary["warmup"] = warmup
     if config.measures_curvature:
         summary["curvature"] = _curvature(adabatch.metrics(done.opt_state))

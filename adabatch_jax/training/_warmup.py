@@ -8,7 +8,6 @@ from typing import Any
 from adabatch_jax import SmoothedLosses, WarmupEnd
 
 _FOUND = (WarmupEnd.MINIMUM_PASSED, WarmupEnd.DIVERGED)  # where the state does not say by itself
-NOT_SEARCHED = "NOT_SEARCHED"  # why a warm-up "ended" that a run was too short for
 
 
 def describe_warmup(shown: Mapping[str, Any], smoothed: SmoothedLosses) -> dict[str, Any]:
@@ -33,29 +32,23 @@ def describe_warmup(shown: Mapping[str, Any], smoothed: SmoothedLosses) -> dict[
     }
 
 
-def no_warmup(learning_rate: float) -> dict[str, Any]:
-    """The same of a run that was too short to search, and took this rate."""
-    return {
-        "ended": NOT_SEARCHED,
-        "minimum_found": False,
-        "examples": 0,
-        "peak_learning_rate": learning_rate,
-        "tests": 0,
-        "setbacks": 0,
-    }
+def was_searched(warmup: Mapping[str, Any]) -> bool:
+    """Whether there was a warm-up at all: a run may be too short for one."""
+    return warmup["ended"] != WarmupEnd.NO_WARMUP.name
 
 
 def tell_warmup(warmup: Mapping[str, Any]) -> str:
     """What came of it, in a line.
 
     Example:
-      >>> tell_warmup(no_warmup(0.02))
-      'no minimum of the loss was found, the run is too short to search: peak learning rate 0.02, a default'
+      >>> found = dict(ended="MINIMUM_PASSED", minimum_found=True, examples=560, setbacks=0)
+      >>> tell_warmup({**found, "peak_learning_rate": 0.09})
+      'peak learning rate 0.09, found in 560 examples (minimum passed)'
     """
     rate = f"peak learning rate {warmup['peak_learning_rate']:.2g}"
-    if warmup["ended"] == NOT_SEARCHED:
+    if not was_searched(warmup):
         short = "no minimum of the loss was found, the run is too short to search"
-        return f"{short}: {rate}, a default"
+        return f"{short}: {rate}, from the length of the parameters"
     reason = warmup["ended"].lower().replace("_", " ")
     halved = f"; halved {warmup['setbacks']} × after setbacks" if warmup["setbacks"] else ""
     examples = f"{warmup['examples']:.0f} examples"
@@ -71,6 +64,6 @@ def note_warmup(warmup: Mapping[str, Any] | None) -> str:
     """The same for a picture, which shows the rest: nothing where all went well, or nothing was sought."""
     if warmup is None or warmup["minimum_found"]:
         return ""
-    if warmup["ended"] == NOT_SEARCHED:
-        return "too short to search for a rate: a default"
+    if not was_searched(warmup):
+        return "too short to search: from the length of the parameters"
     return "no minimum of the loss was found"

@@ -11,7 +11,6 @@ from adabatch_jax.training._options import (
     RATES,
     SCALINGS,
     SCHEDULES,
-    SEARCH_STEPS,
 )
 
 LANCZOS = {"optimizer": "lanczos-sgd"}
@@ -176,34 +175,33 @@ def test_every_optimizer_has_a_rate_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("number", "options", "first"),
+    ("number", "options", "first", "steps"),
     [
-        (1437, {"epochs": 4}, 16),  # 35 steps
-        (60_000, {"epochs": 2}, 256),  # 46 steps
-        (60_000, {"epochs": 1}, 128),  # 23 steps of 256 would be too few
-        (1437, {"epochs": 1}, None),  # eight of 16
-        (1437, {"epochs": 10, "initial_batch_size": 720}, None),
+        (1437, {"epochs": 5}, 16, 44),
+        (60_000, {"epochs": 2}, 256, 46),
+        (60_000, {"epochs": 1}, 128, 46),  # 23 steps of 256 would be too few
+        (1437, {"epochs": 1}, 16, 8),
+        (1437, {"epochs": 10, "initial_batch_size": 720}, 720, 1),
     ],
 )
-def test_auto_takes_a_first_batch_that_lets_it_search_or_does_without(number, options, first):
-    asked = TrainConfig(auto=True, optimizer="momentum", **options)
+def test_auto_takes_a_first_batch_that_lets_it_search_or_says_so(number, options, first, steps):
+    asked = TrainConfig(auto=True, **options)
     config = asked.resolved(number)
-    assert config.resolved(number) == config
-    if first is not None:
-        assert config.auto and asked.too_short(number) is None
-        assert config.initial_batch_size == first
-        assert config.search_steps(number) >= SEARCH_STEPS
-        return
-    assert not config.auto and (config.eta, config.smoothing, config.debias) == (1.5, 0.9, True)
-    assert (config.learning_rate, config.schedule) == (RATES["momentum"], "cosine")
-    said = asked.too_short(number)
-    assert f"steps of --initial-batch-size {config.initial_batch_size}" in said
-    assert f"goes on at {RATES['momentum']}, the default of --optimizer momentum" in said
+    assert config.resolved(number) == config and config.initial_batch_size == first
+    lack = config.lacks_steps(number)
+    assert asked.lacks_steps(number) == lack
+    if steps >= 40:
+        assert lack is None
+    else:
+        assert f"has {steps} steps of --initial-batch-size {first}, and it takes 40" in lack
 
 
 def test_a_schedule_that_finds_its_rate_is_refused_without_the_steps_for_it():
     options = {"schedule": "autowu-improved", "epochs": 2, "initial_batch_size": 400}
-    with pytest.raises(ValueError, match=r"has 1 steps of --initial-batch-size 400 .*too short"):
+    message = (
+        r"train: --schedule autowu-improved: .*too short .* 1 steps of --initial-batch-size 400"
+    )
+    with pytest.raises(ValueError, match=message):
         build_optimizer(TrainConfig(**options), total_examples=2 * 1437)
     too_few = TrainConfig(schedule="autowu", epochs=2)
     with pytest.raises(ValueError, match=r"autowu with --epochs 2 .*too short for one test"):
