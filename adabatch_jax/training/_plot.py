@@ -178,11 +178,13 @@ def _draw_batch_size(axes: Axes, data: Mapping[str, Floats]) -> None:
         x[keep], y[keep], color=ORANGE, linewidth=2.0, drawstyle="steps-pre", label="batch size"
     )
     # The last batch takes what is left of the budget, and says nothing about the sizes.
-    whole = y[:-1] if len(batch_size) > 1 and y[-1] < y[-2] else y
+    cut = len(batch_size) > 1 and y[-1] < y[-2]
+    whole = y[:-1] if cut else y
     low, high = float(np.nanmin(whole)), float(np.nanmax(whole))
     _set_octaves(axes, low, high, log_noise[~np.isnan(log_noise)])
     if low == high:
-        _label(axes, x[-1], high, f"{high:,.0f} throughout", ORANGE, "right")
+        text = f"{high:,.0f}, the last {y[-1]:,.0f}" if cut else f"{high:,.0f} throughout"
+        _label(axes, x[len(whole) - 1], high, text, ORANGE, "right")
     else:
         begin = x[np.nanargmax(batch_size)]
         left = begin - x[0] < 0.6 * (x[-1] - x[0])  # the text must not leave the panel

@@ -65,5 +65,5 @@ def note_warmup(warmup: Mapping[str, Any] | None) -> str:
     if warmup is None or warmup["minimum_found"]:
         return ""
     if not was_searched(warmup):
-        return "too short to search: from the length of the parameters"
+        return "no minimum was found, too short a run: by the length of the parameters"
     return "no minimum of the loss was found"

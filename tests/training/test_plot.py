@@ -131,7 +131,7 @@ def test_a_last_batch_that_is_cut_short_says_nothing_about_the_sizes(constant):
     whole = plot_run(rows).axes[1]
     rows["batch_size"][-1] = 3
     axes = plot_run(rows).axes[1]
-    assert texts(axes) == ["96 throughout" if constant else "max 1,024"]
+    assert texts(axes) == ["96, the last 3" if constant else "max 1,024"]
     assert axes.get_ylim() == whole.get_ylim()
     assert line(axes, "batch size").get_ydata()[-1] == 3
 
