@@ -99,6 +99,11 @@ class SpectrumConfig:
                 )
         if self.data_dir is not None and self.run is None and self.dataset in (None, "digits"):
             raise ValueError("spectrum: --data-dir has no meaning for --dataset digits (embedded)")
+        if self.matrix != "hessian" and self.noise_probe != "ritz":
+            raise ValueError(
+                f"spectrum: --matrix {self.matrix} has its noise from its batches, leave out "
+                f"--noise-probe {self.noise_probe}"
+            )
 
     @property
     def output(self) -> Path:
@@ -129,6 +134,10 @@ class SpectrumConfig:
             raise ValueError(f"spectrum: --run {self.run}: {path} is damaged") from None
         _validate.one_of(f"spectrum: {path}", IMAGES, dataset=dataset)
         _validate.one_of(f"spectrum: {path}", IMAGE_MODELS, model=model)
+        if self.data_dir is not None and dataset == "digits":
+            raise ValueError(
+                f"spectrum: --data-dir has no meaning for --run {self.run}, a run on digits (embedded)"
+            )
         return Source(dataset, model, folder, Path(self.run, "checkpoint"))
 
     def resolved(self, num_examples: int) -> SpectrumConfig:

@@ -281,6 +281,7 @@ def test_the_random_probe_sees_less_of_the_noise(summary, digits, oracle):
         (dict(run="runs/digits", model="mlp"), "leave out --model mlp"),
         (dict(run="runs/digits", dataset="digits"), "leave out --dataset digits"),
         (dict(data_dir="data"), "--data-dir has no meaning"),
+        (dict(matrix="gauss-newton", noise_probe="random"), "leave out --noise-probe random"),
     ],
 )
 def test_bad_options_are_named_as_the_command_does(options, message):
@@ -317,6 +318,8 @@ def test_a_run_is_measured_at_its_parameters(digits, tmp_path):
     assert subject.source.checkpoint == run / "checkpoint"
     fresh = module.load_subject(SpectrumConfig(model="logistic")).params
     assert (fresh["Dense_0"]["kernel"] != params["Dense_0"]["kernel"]).any()
+    with pytest.raises(ValueError, match=r"--data-dir has no meaning for --run .* a run on digits"):
+        SpectrumConfig(run=run, data_dir=tmp_path).source()
 
 
 @pytest.mark.parametrize(
