@@ -43,7 +43,8 @@ def measure(
     Only parameters w with at least two axes count: biases and the scales of a normalisation start at
     zero or one whatever the network. They count as no shorter than half of what keeps the length of what
     passes through them: those that start smaller are meant to grow, and are no measure of a step.
-    Those that are all zero bound nothing.
+    Those that are all zero bound nothing, and a parameter that this direction leaves where it is, as a
+    frozen one, is not counted as long.
 
     With `one_by_one` the rate is the lowest that one of these arrays asks for, zero or not.
     """
@@ -55,7 +56,10 @@ def measure(
         size = squared_norm([w for _, w in of_matrices])
         highest = length.highest_rate
         for group in groups:
-            step, own = (squared_norm([pair[i] for pair in group]) for i in (0, 1))
+            steps, sizes = ([squared_norm(pair[i]) for pair in group] for i in (0, 1))
+            step = sum(steps, start=jnp.float32(0))
+            moved = (jnp.where(d > 0, w, 0.0) for d, w in zip(steps, sizes, strict=True))
+            own = sum(moved, start=jnp.float32(0))
             # A matrix of unit gain is √(outputs) long, on whichever axis they lie.
             least = 0.25 * sum(min(w.shape[0], w.shape[-1]) for _, w in group)
             rate = jnp.sqrt(jnp.maximum(own, jnp.float32(least)) / step)
