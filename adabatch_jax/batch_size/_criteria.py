@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from adabatch_jax import _validate
 from adabatch_jax._axes import to_varying, varying_axes
+from adabatch_jax._tree import abs_squared, widen
 from adabatch_jax.batch_size._criterion import Criterion, Evidence
 from adabatch_jax.batch_size._order_statistic import order_statistic
 from adabatch_jax.noise import GradientNoise
@@ -102,7 +103,7 @@ def coordinate_norm_test(eta: Any, *, quantile: float = 0.9, floor: float = 0.1)
             "coordinate_wise",
         )
         variance = jax.tree.map(noise.variance, scatter)
-        return Evidence(variance, jax.tree.map(_absolute_square, noise.mean), variance)
+        return Evidence(variance, _squares(noise.mean), variance)
 
     def summarize(variance: PyTree, square: PyTree) -> tuple[jax.Array, jax.Array]:
         leaves = jax.tree.leaves(square)
@@ -268,10 +269,8 @@ def _at_least_one(*thresholds: Any) -> bool:
     return all(isinstance(x, numbers.Real) and float(x) >= 1 for x in thresholds)
 
 
-def _absolute_square(g: jax.Array) -> jax.Array:
-    if jnp.iscomplexobj(g):
-        return (jnp.square(g.real) + jnp.square(g.imag)).astype(jnp.float32)
-    return jnp.square(g.astype(jnp.float32))
+def _squares(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda g: abs_squared(g).astype(jnp.float32), widen(tree))
 
 
 def _needed(field: Any, criterion: str, name: str, option: str) -> Any:

@@ -18,7 +18,7 @@ from adabatch_jax.batch_size._read import controller_state, metrics, needs_noise
 from adabatch_jax.batch_size._state import AdaptBatchSizeState
 from adabatch_jax.batch_size._trained import Leaves, moved_leaves
 from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._gradient_noise import blend, join_noise, unless_measured
+from adabatch_jax.noise._gradient_noise import UNMEASURED, blend, join_noise, unless_measured
 
 PyTree = Any
 _MOST_OFFERED = 2**30
@@ -75,8 +75,8 @@ def adaptive_multi_steps(
       which is passed over.
     * `noise=`: a `GradientNoise` of the micro-batch, for groups finer than it; `updates` must then be
       `noise.mean`, and `noise.num_examples` counts. Inner-product tests need it, with one call
-      covering the whole batch: inner products of different calls refer to different means and are
-      reported as NaN, which holds the batch size.
+      covering the whole batch: inner products of different calls refer to different means, count as not
+      measured, and hold the batch size.
 
     Links inside are told the sum over the batch, never one call's number. They also get `emit=` (traced
     bool): false only under `vmap`, where those whose batch is not complete are called with the others, and
@@ -242,7 +242,7 @@ def adaptive_multi_steps(
         frozen, mean_loss = blend(n_old, old, n_new, (call.frozen, call.loss))
         if noise is not None and noise.inner_product_scatter is not None:
             alone = gathered.num_examples == 0
-            scatter = jnp.where(alone, noise.inner_product_scatter, jnp.nan)
+            scatter = jnp.where(alone, noise.inner_product_scatter, UNMEASURED)
             joint = joint._replace(inner_product_scatter=scatter)
 
         averaged = state.averaged_gradient

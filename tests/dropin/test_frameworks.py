@@ -74,6 +74,45 @@ def test_linen_with_a_train_state(prove, controller, around, digits):
     np.testing.assert_allclose(told, last.losses[before + 1 : end + 1].mean(), rtol=1e-5)
 
 
+class Normalised(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+        x = linen.BatchNorm(use_running_average=not train, momentum=0.9)(linen.Dense(16)(x))
+        return linen.Dense(10)(linen.relu(x))
+
+
+def test_linen_with_batch_normalisation_and_one_broken_image(prove, controller, around, digits):
+    """The micro-batch is left out of the gradient by the wrapper, and of the statistics by the loop."""
+    images, labels = digits
+    images = images.copy()
+    images[8 * 50, 10] = np.nan
+    model = Normalised()
+    optimizer = around(optax.chain(controller(), optax.adam(0.01)))
+    variables = model.init(jax.random.key(0), images[:8], train=False)
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def step(carry, x, y):
+        params, stats, opt_state = carry
+
+        def loss(params):
+            given = {"params": params, "batch_stats": stats}
+            logits, new = model.apply(given, x, train=True, mutable=["batch_stats"])
+            return cross_entropy(logits, y), new["batch_stats"]
+
+        (value, new_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params, value=value)
+        stats = adabatch.unless_skipped(opt_state, new_stats, stats)
+        return (optax.apply_updates(params, updates), stats, opt_state), value
+
+    first = params, stats, optimizer.init(params)
+    last = prove(step, first, state=lambda carry: carry[2], data=(images, labels))
+    params, stats, opt_state = last.carry
+    assert np.flatnonzero(np.isnan(last.losses)).tolist() == [50]
+    assert int(adabatch.metrics(opt_state)["skipped_micro_batches"]) == 1
+    logits = model.apply({"params": params, "batch_stats": stats}, digits[0], train=False)
+    assert (logits.argmax(1) == labels).mean() > 0.5  # NaN would leave a tenth
+
+
 class Net(nnx.Module):
     def __init__(self, rngs):
         self.hidden = nnx.Linear(64, 16, rngs=rngs)
