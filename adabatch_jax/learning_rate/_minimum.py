@@ -54,12 +54,14 @@ def compiled(function: Function) -> Function:
     Its recursions over the losses would run in Python there, for minutes and in gigabytes.
     """
 
+    fast = jax.jit(function)  # one, whose programs are kept
+
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         if not jax.config.jax_disable_jit:  # type: ignore[attr-defined]
             return function(*args)
         with jax.disable_jit(False):
-            return jax.jit(function)(*args)
+            return fast(*args)
 
     return call  # type: ignore[return-value]
 
