@@ -244,7 +244,8 @@ def metrics(opt_state: PyTree) -> dict[str, Any]:
     `optax.MultiSteps` with `should_skip_update_fn` do; False where nothing can. (`apply_if_finite` gives
     up after its `max_consecutive_errors`, and takes a gradient that it calls not finite.) All leave the
     examples of such a call out of `num_examples`: it counts what steps used, and schedules over examples
-    wait.
+    wait. (In `adabatch_jax.training` a step that is dropped has used its examples up, and every clock
+    counts them: a run has a budget, and a decay ends with it.)
 
     `learning_rate`: the product of what `inject_hyperparams`, `scale_by_example_schedule`, AutoWU and
     `scale_by_batch_size` last applied. It is absent where only the scale of the last is known, which
