@@ -13,9 +13,11 @@ from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying
 from adabatch_jax.learning_rate._autowu_plan import Plan, read_clock
 from adabatch_jax.learning_rate._autowu_state import AutowuPhase, ScaleByAutowuState, WarmupEnd
+from adabatch_jax.learning_rate._decision import TESTED
+from adabatch_jax.learning_rate._decision import decide as _test
 from adabatch_jax.learning_rate._divergence import LossLevel, follow, no_level
 from adabatch_jax.learning_rate._loss_history import empty_history, record
-from adabatch_jax.learning_rate._minimum import LEAST_LOCATION, Smoother
+from adabatch_jax.learning_rate._minimum import Smoother
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
 from adabatch_jax.learning_rate._step_length import StepLength, measure, no_length
@@ -314,7 +316,7 @@ def scale_by_autowu(
             return _test(plan, gp, state, span, span / last, delay, diverged, stop)
 
         def wait(state: ScaleByAutowuState) -> dict[str, Any]:
-            return {name: getattr(state, name) for name in _TESTED}
+            return {name: getattr(state, name) for name in TESTED}
 
         if not (warmup_over or unsearched):
             state = state._replace(**jax.lax.cond(due, test, wait, state))
@@ -337,88 +339,6 @@ def scale_by_autowu(
         return jax.tree.map(lambda u: u * (sign * rate).astype(u.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-_TESTED = (
-    "smoother_state",
-    "draw_key",
-    "yes_in_a_row",
-    "minimum_probability",
-    "minimum_location",
-    "tests_made",
-    "failed_draws",
-    "peak_learning_rate",
-    "warmup_end",
-)
-
-
-def _test(
-    plan: Plan,
-    gp: Smoother,
-    state: ScaleByAutowuState,
-    span: jax.Array,
-    progress: jax.Array,
-    delay: Any,
-    diverged: jax.Array,
-    stop: jax.Array,
-) -> dict[str, Any]:
-    """Smooth the losses, vote, and take the rate at the minimum: the branch that costs."""
-    history = state.loss_history
-    key, draw_key = jax.random.split(state.draw_key)
-    # Optax and tinygp mix dtypes and ranks freely; what users demand of their code is their affair.
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        x = (history.positions / span).astype(jnp.float32)
-        fitted, draws = gp.test(
-            state.smoother_state, x, history.losses, history.entries, draw_key, progress
-        )
-    fitted = jax.tree.map(lambda a, b: a.astype(b.dtype), fitted, state.smoother_state)
-    ok = jnp.isfinite(draws.probability) & jnp.isfinite(draws.location)
-    good = jnp.sum(ok.astype(jnp.float32))
-
-    def mean(values: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(ok, values, 0.0)) / jnp.maximum(good, 1.0)
-
-    votes = jnp.sum(ok & (draws.probability > plan.confidence), dtype=jnp.int32)
-    streak = jnp.where(2 * votes > ok.shape[0], state.yes_in_a_row + 1, 0).astype(jnp.int32)
-    past = streak >= plan.patience
-    rate = state.autowu_learning_rate
-    place = draws.location
-    if plan.peak_at != "minimum":
-        # Where the start is as low as that, the losses are too few or too noisy to say that anything
-        # has fallen: the lowest point is then the best guess, if it is not the start itself, else the
-        # middle, and the lowest rate is the worst.
-        guess = jnp.where(place < LEAST_LOCATION + delay, 0.5 + delay, place)
-        place = jnp.where(draws.earliest < LEAST_LOCATION + delay, guess, draws.earliest)
-    if not gp.looks_ahead:  # no further than the last loss that was not left out
-        place = jnp.minimum(place, x[jnp.maximum(history.entries - 1, 0)])
-    peak = mean(plan.between(rate, jnp.maximum(place - delay, 0.0)))
-    if isinstance(state.loss_level, LossLevel):  # where the average was lowest, if no draw knows
-        lowest = plan.between(rate, state.loss_level.lowest_position / span)
-        peak = jnp.where(good > 0, peak, lowest)
-    else:
-        peak = jnp.where(good > 0, peak, rate)
-    factor = jnp.asarray(plan.peak_factor).astype(jnp.float32)
-    peak = state.bounded(jnp.minimum(factor * peak, jnp.maximum(peak, rate)))
-    # What a test found where nothing had fallen confirms nothing.
-    of_this_test = jnp.where(mean(draws.location) < LEAST_LOCATION + delay, jnp.inf, peak)
-    if plan.peak_at == "confirmed":
-        before = jnp.where(state.tests_made > 0, state.peak_learning_rate, jnp.inf)
-        peak = jnp.minimum(peak, before)
-    reason = jnp.where(stop, int(WarmupEnd.AT_LIMIT), state.warmup_end)
-    reason = jnp.where(past, int(WarmupEnd.MINIMUM_PASSED), reason)
-    reason = jnp.where(diverged, int(WarmupEnd.DIVERGED), reason)
-    switch = past | diverged | stop
-    return {
-        "smoother_state": fitted,
-        "draw_key": key,
-        "yes_in_a_row": streak,
-        "minimum_probability": mean(draws.probability),
-        "minimum_location": mean(draws.location),
-        "tests_made": state.tests_made + 1,
-        "failed_draws": state.failed_draws + jnp.sum(~ok, dtype=jnp.int32),
-        "peak_learning_rate": jnp.where(switch, peak, of_this_test),
-        "warmup_end": reason.astype(jnp.int32),
-    }
 
 
 def _increment(plan: Plan, noise: GradientNoise | None, num_examples: Any) -> jax.Array:
