@@ -9,23 +9,24 @@ import jax
 PyTree = Any
 
 
-def state_after_dropped_step(before: PyTree, after: PyTree) -> PyTree:
+def state_after_dropped_step(before: PyTree, after: PyTree, *, used_up: bool) -> PyTree:
     """The optimizer state `before` a step that is dropped, with what its links remember of that step.
 
-    Every clock goes on: the examples are used up, and a decay over the run would not end with it
-    otherwise. AutoWU leaves one loss out that is not finite, and reacts to the second in a row: it could
-    not tell them apart if all of its state went back. A state that has something to remember says so by a
-    method `after_dropped_step(after) -> state`.
+    AutoWU leaves one loss out that is not finite, and reacts to the second in a row: it could not tell
+    them apart if all of its state went back. A state that has something to remember says so by a method
+    `after_dropped_step(after, used_up) -> state`.
 
     Args:
       before: state of an optimizer.
       after: the state that its `update` returned in the step that is dropped.
+      used_up: whether the examples of the step are: every clock then goes on, or a decay over the run
+        would not end with it. False where the step is made up for.
     """
 
     def remembers(x: Any) -> bool:
         return hasattr(type(x), "after_dropped_step")
 
     def one(old: Any, new: Any) -> Any:
-        return old.after_dropped_step(new) if remembers(old) else old
+        return old.after_dropped_step(new, used_up) if remembers(old) else old
 
     return jax.tree.map(one, before, after, is_leaf=remembers)

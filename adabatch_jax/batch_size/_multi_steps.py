@@ -281,7 +281,7 @@ def adaptive_multi_steps(
             )
             if may_return:  # a lost batch may only lead back
                 kept = ~lost | (_returns_made(new) > returns)
-                dropped = state_after_dropped_step(inner, new)
+                dropped = state_after_dropped_step(inner, new, used_up=False)
                 new = jax.tree.map(lambda x, y: jnp.where(kept, x, y), new, dropped)
             return new_updates, new
 

@@ -52,9 +52,9 @@ class AdaptBatchSizeState(NamedTuple):
     two_group_examples: jax.Array  # int32: below it a batch was one group; 0: none was
     test_due: jax.Array  # bool: the next update looks at the noise, unless it is held
 
-    def after_dropped_step(self, after: AdaptBatchSizeState) -> AdaptBatchSizeState:
-        """This state, with the clock of the one after a step that is dropped."""
-        return self._replace(examples_clock=after.examples_clock)
+    def after_dropped_step(self, after: AdaptBatchSizeState, used_up: bool) -> AdaptBatchSizeState:
+        """This state, with the clock of the one after a dropped step whose examples are used up."""
+        return self._replace(examples_clock=after.examples_clock) if used_up else self
 
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""

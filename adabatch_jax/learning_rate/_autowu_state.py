@@ -80,12 +80,16 @@ class ScaleByAutowuState(NamedTuple):
         """int32: that were not finite, or far above the others."""
         return self.nonfinite_losses + self.exploded_losses
 
-    def after_dropped_step(self, after: ScaleByAutowuState) -> ScaleByAutowuState:
-        """This state, with the clock and the count of bad losses in a row of the one after the step."""
+    def after_dropped_step(self, after: ScaleByAutowuState, used_up: bool) -> ScaleByAutowuState:
+        """This state, with what the one after a dropped step knows of bad losses in a row.
+
+        Its clock goes on where the examples of the step are used up.
+        """
         level = self.loss_level
         if isinstance(level, LossLevel):
             level = level._replace(bad_in_a_row=LossLevel(*after.loss_level).bad_in_a_row)
-        return self._replace(loss_level=level, autowu_clock=after.autowu_clock)
+        clock = after.autowu_clock if used_up else self.autowu_clock
+        return self._replace(loss_level=level, autowu_clock=clock)
 
     @property
     def minimum_found(self) -> jax.Array:

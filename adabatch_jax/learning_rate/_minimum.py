@@ -53,7 +53,6 @@ def compiled(function: Function) -> Function:
 
     Its recursions over the losses would run in Python there, for minutes and in gigabytes.
     """
-
     fast = jax.jit(function)  # one, whose programs are kept
 
     @functools.wraps(function)

@@ -23,9 +23,11 @@ class ScaleByExampleScheduleState(NamedTuple):
     scheduled_learning_rate: jax.Array  # float32: the rate last applied
     schedule_clock: jax.Array  # uint32 [2]: examples used so far
 
-    def after_dropped_step(self, after: ScaleByExampleScheduleState) -> ScaleByExampleScheduleState:
-        """This state, with the clock of the one after a step that is dropped."""
-        return self._replace(schedule_clock=after.schedule_clock)
+    def after_dropped_step(
+        self, after: ScaleByExampleScheduleState, used_up: bool
+    ) -> ScaleByExampleScheduleState:
+        """This state, with the clock of the one after a dropped step whose examples are used up."""
+        return self._replace(schedule_clock=after.schedule_clock) if used_up else self
 
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""

@@ -123,7 +123,7 @@ def make_update(
         def keep(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
 
-        opt_state = keep(new_state, state_after_dropped_step(opt_state, new_state))
+        opt_state = keep(new_state, state_after_dropped_step(opt_state, new_state, used_up=True))
         report = {**adabatch.metrics(opt_state), "loss": value, "skipped": ~finite}
         return keep(new_params, params), opt_state, report
 

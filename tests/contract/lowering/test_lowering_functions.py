@@ -23,6 +23,7 @@ SIZES, EXTREMES = np.float32([16, 64, 256]), np.float32([3.0, 2.0, 1.5])
 ON_THE_HOST = {
     "smoothed_losses",  # how much it returns depends on the state
     "recommend_estimator",  # plain numbers in, plain numbers out
+    "trained_parameters",  # an optimizer in, bools out
 }
 
 
@@ -171,6 +172,7 @@ FUNCTIONS = {
     "has_updated": lambda p: of_state(adabatch.has_updated, p),
     "needs_noise": lambda p: of_state(adabatch.needs_noise, p),
     "metrics": lambda p: of_state(adabatch.metrics, p),
+    "unless_skipped": lambda p: of_state(lambda s: adabatch.unless_skipped(s, p, p), p),
     "hessian_vector_product": hessian,
     "hessian_vector_product: counted": lambda p: hessian(p, counted=True),
     "gauss_newton_vector_product": gauss_newton,
