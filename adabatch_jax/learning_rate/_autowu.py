@@ -13,13 +13,13 @@ from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying
 from adabatch_jax.learning_rate._autowu_plan import Plan, read_clock
 from adabatch_jax.learning_rate._autowu_state import AutowuPhase, ScaleByAutowuState, WarmupEnd
-from adabatch_jax.learning_rate._decision import TESTED
-from adabatch_jax.learning_rate._decision import decide as _test
+from adabatch_jax.learning_rate._decision import TESTED, decide
 from adabatch_jax.learning_rate._divergence import LossLevel, follow, no_level
 from adabatch_jax.learning_rate._loss_history import empty_history, record
 from adabatch_jax.learning_rate._minimum import Smoother
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
+from adabatch_jax.learning_rate._scaling import times
 from adabatch_jax.learning_rate._step_length import StepLength, measure, no_length
 from adabatch_jax.noise import GradientNoise
 from adabatch_jax.noise._clock import advance, as_float, zero_clock
@@ -313,7 +313,7 @@ def scale_by_autowu(
         delay = 0.0 if gp.looks_ahead else increment.astype(jnp.float32) / span
 
         def test(state: ScaleByAutowuState) -> dict[str, Any]:
-            return _test(plan, gp, state, span, span / last, delay, diverged, stop)
+            return decide(plan, gp, state, span, span / last, delay, diverged, stop)
 
         def wait(state: ScaleByAutowuState) -> dict[str, Any]:
             return {name: getattr(state, name) for name in TESTED}
@@ -336,7 +336,7 @@ def scale_by_autowu(
             peak_position=jnp.where(switches, end, state.peak_position),
             loss_level=level,
         )
-        return jax.tree.map(lambda u: u * (sign * rate).astype(u.dtype), updates), state
+        return times(updates, sign * rate), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

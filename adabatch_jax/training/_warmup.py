@@ -7,8 +7,6 @@ from typing import Any
 
 from adabatch_jax import SmoothedLosses, WarmupEnd
 
-_FOUND = (WarmupEnd.MINIMUM_PASSED, WarmupEnd.DIVERGED)  # where the state does not say by itself
-
 
 def describe_warmup(shown: Mapping[str, Any], smoothed: SmoothedLosses) -> dict[str, Any]:
     """How AutoWU's warm-up went.
@@ -21,10 +19,9 @@ def describe_warmup(shown: Mapping[str, Any], smoothed: SmoothedLosses) -> dict[
       Why it `ended`, whether a `minimum_found` of the loss decided about the rate, after how many
       `examples`, the `peak_learning_rate`, `tests` and `setbacks`.
     """
-    end = WarmupEnd(int(shown["warmup_end"]))
     return {
-        "ended": end.name,
-        "minimum_found": bool(shown.get("minimum_found", end in _FOUND)),
+        "ended": WarmupEnd(int(shown["warmup_end"])).name,
+        "minimum_found": bool(shown["minimum_found"]),
         "examples": smoothed.end,
         "peak_learning_rate": float(shown["peak_learning_rate"]),
         "tests": int(shown["tests_made"]),
