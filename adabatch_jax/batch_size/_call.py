@@ -1,4 +1,4 @@
-"""One call of the drop-in: what its gradient, loss and count say, checked and measured."""
+"""One call of the drop-in: what its gradient, loss and count say, and whether it completes a batch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from adabatch_jax._axes import checked_axes, to_varying, varying_axes
 from adabatch_jax._tree import align, squared_norm, trainable, widen
 from adabatch_jax.batch_size._arguments import as_scalar
+from adabatch_jax.batch_size._state import AdaptBatchSizeState
 from adabatch_jax.noise import GradientNoise
 from adabatch_jax.noise._gradient_noise import pool_noise, squared_gaps
 
@@ -109,6 +110,26 @@ def given_call(
     return Call(kept, beside, loss, size, (~finite).astype(jnp.int32))
 
 
+def is_complete(
+    joint: GradientNoise,
+    controller: AdaptBatchSizeState,
+    call: Any,
+    measure: jax.Array,
+    *,
+    told: bool,
+) -> jax.Array:
+    """Whether these examples make a batch; `call`: examples that the next call will bring.
+
+    Where the calls tell their sizes nothing else keeps a batch from being one call, which shows no noise.
+    A batch that one more call would carry beyond the largest size ends here.
+    """
+    examples = joint.num_examples
+    complete = examples >= controller.next_batch_size
+    if told:
+        complete &= (joint.num_groups > 1) | ~measure
+    return complete | ((examples > 0) & (examples + call > controller.largest_batch_size))
+
+
 def check_call(
     updates: PyTree, gathered: GradientNoise, noise: GradientNoise | None, told: dict[str, Any]
 ) -> None:
@@ -151,6 +172,23 @@ def check_call(
         raise ValueError(
             f"{_WHERE}: coordinate_wise=True, but noise= has no coordinate_scatter: measure it with "
             "value_and_grad_noise(..., coordinate_wise=True)"
+        )
+
+
+def check_first_batch(first: Any, micro: int, devices: int, least: int) -> None:
+    """Refuses a first batch that is not whole calls, or fewer groups than `least`; a traced one passes."""
+    if isinstance(first, jax.core.Tracer) or jnp.ndim(first):
+        return
+    first, step = int(first), micro * devices
+    over = f"micro_batch_size={micro}" + (f" on {devices} devices" if devices > 1 else "")
+    if first % step:
+        raise ValueError(f"{_WHERE}: {over} does not divide initial batch size {first}")
+    groups = first // micro
+    if groups < least:
+        raise ValueError(
+            f"{_WHERE}: {over} leaves a first batch of {first} examples with {groups} "
+            "group, and noise shows only between two or more: use a smaller micro_batch_size or pass "
+            "noise= from value_and_grad_noise"
         )
 
 

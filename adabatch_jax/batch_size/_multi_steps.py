@@ -13,9 +13,14 @@ from adabatch_jax._axes import AxisName, axis_tuple, checked_axes
 from adabatch_jax._dropped import state_after_dropped_step
 from adabatch_jax._tree import cast_like, wide, widen
 from adabatch_jax.batch_size._at_most_once import at_most_once, unmoved
-from adabatch_jax.batch_size._call import check_call, given_call, measure_call
+from adabatch_jax.batch_size._call import (
+    check_call,
+    check_first_batch,
+    given_call,
+    is_complete,
+    measure_call,
+)
 from adabatch_jax.batch_size._read import controller_state, metrics, needs_noise
-from adabatch_jax.batch_size._state import AdaptBatchSizeState
 from adabatch_jax.batch_size._trained import Leaves, moved_leaves
 from adabatch_jax.noise import GradientNoise
 from adabatch_jax.noise._gradient_noise import UNMEASURED, blend, join_noise, unless_measured
@@ -160,7 +165,7 @@ def adaptive_multi_steps(
     def init(params: PyTree) -> AdaptiveMultiStepsState:
         inner = optimizer.init(params)
         if micro_batch_size is not None:
-            _check_first_batch(controller_state(inner).next_batch_size, micro_batch_size, 1, 1)
+            check_first_batch(controller_state(inner).next_batch_size, micro_batch_size, 1, 1)
         scatter = None
         if coordinate_wise:
             scatter = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), jnp.float32), params)
@@ -221,7 +226,7 @@ def adaptive_multi_steps(
         if noise is None:
             if num_examples is None and micro_batch_size is not None:
                 first = _initial_size(optimizer, updates)
-                _check_first_batch(first, micro_batch_size, devices, 2)
+                check_first_batch(first, micro_batch_size, devices, 2)
             call = measure_call(
                 parts.trained_part(updates),
                 parts.frozen_part(updates),
@@ -255,7 +260,7 @@ def adaptive_multi_steps(
         largest_call = jnp.maximum(state.largest_call, call.offered)
         offered = jnp.minimum(state.examples_offered, _MOST_OFFERED) + call.offered
         next_call = largest_call if unit is None else unit
-        emit = _is_complete(joint, controller, next_call, measure, told=unit is None)
+        emit = is_complete(joint, controller, next_call, measure, told=unit is None)
         told_loss, returns = mean_loss, _returns_made(state.inner_opt_state)
         may_return = returns is not None and value is not None
         if may_return:  # as many calls as fill a batch, all skipped
@@ -351,26 +356,6 @@ class _Moved:
         return self.found[key]
 
 
-def _is_complete(
-    joint: GradientNoise,
-    controller: AdaptBatchSizeState,
-    call: Any,
-    measure: jax.Array,
-    *,
-    told: bool,
-) -> jax.Array:
-    """Whether these examples make a batch; `call`: examples that the next call will bring.
-
-    Where the calls tell their sizes nothing else keeps a batch from being one call, which shows no noise.
-    A batch that one more call would carry beyond the largest size ends here.
-    """
-    examples = joint.num_examples
-    complete = examples >= controller.next_batch_size
-    if told:
-        complete &= (joint.num_groups > 1) | ~measure
-    return complete | ((examples > 0) & (examples + call > controller.largest_batch_size))
-
-
 def _returns_made(inner: PyTree) -> Any:
     """How often `return_to_minimum` has gone back; None where there is none inside."""
     return metrics(inner).get("returns_made")
@@ -386,19 +371,3 @@ def _initial_size(optimizer: optax.GradientTransformation, updates: PyTree) -> A
 
     jax.eval_shape(probe, updates)
     return seen[0]
-
-
-def _check_first_batch(first: Any, micro: int, devices: int, least: int) -> None:
-    if isinstance(first, jax.core.Tracer) or jnp.ndim(first):
-        return
-    first, step = int(first), micro * devices
-    over = f"micro_batch_size={micro}" + (f" on {devices} devices" if devices > 1 else "")
-    if first % step:
-        raise ValueError(f"adaptive_multi_steps: {over} does not divide initial batch size {first}")
-    groups = first // micro
-    if groups < least:
-        raise ValueError(
-            f"adaptive_multi_steps: {over} leaves a first batch of {first} examples with {groups} "
-            "group, and noise shows only between two or more: use a smaller micro_batch_size or pass "
-            "noise= from value_and_grad_noise"
-        )
