@@ -206,7 +206,8 @@ def adapt_batch_size(
             left = jnp.maximum(population - examples, 0.0) / population
         new = corrected(criterion, evidence, noise, debias=debias, population=left)
         ignored = not criterion.uses_noise
-        known = _all_finite((evidence, () if ignored else (square, jnp.asarray(noise.scatter))))
+        # tr Σ is NaN, too, where a scatter is below 0: it was not measured.
+        known = _all_finite((evidence, () if ignored else (square, noise.trace)))
         enough = ignored | (groups > 1)
         signal = ignored | (square > 0)
         usable = enough & known & signal

@@ -7,6 +7,7 @@ import pytest
 
 from adabatch_jax import (
     BatchSizeStatus,
+    GradientNoise,
     coordinate_norm_test,
     inner_product_test,
     norm_test,
@@ -101,3 +102,13 @@ def test_a_plain_function_that_has_no_answer_holds_the_batch(controller, make_no
     control = controller(lambda noise: answer)
     assert control.feed(make_noise()) == 64
     assert control.status is BatchSizeStatus.NOT_FINITE
+
+
+def test_a_scatter_that_was_not_measured_is_no_evidence_even_beside_coordinates(controller):
+    run = controller(coordinate_norm_test(0.1))
+    mean = jnp.ones(2)
+    noise = GradientNoise(mean, jnp.float32(-1), jnp.int32(64), jnp.int32(8), 7 * mean)
+    run.feed(noise)
+    assert run.batch_size == 64
+    assert run.status == BatchSizeStatus.NOT_FINITE
+    assert np.isfinite(run.state.display_ema).all()
