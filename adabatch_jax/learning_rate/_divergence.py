@@ -30,9 +30,7 @@ class LossLevel(NamedTuple):
 
     seen: jax.Array  # int32: losses that count
     bad_in_a_row: jax.Array  # int32: losses just now that are not finite, or far above the others
-    begun: (
-        jax.Array
-    )  # bool: whether there is an average; not before the first loss, nor after a switch
+    begun: jax.Array  # bool: there is an average; not before the first loss, nor after a switch
     first_losses: jax.Array  # float32 [8]
     average: jax.Array  # float32: exponential average
     deviation: jax.Array  # float32: of one loss, running

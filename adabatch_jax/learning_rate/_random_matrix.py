@@ -31,9 +31,7 @@ class ScaleByRandomMatrixState(NamedTuple):
 
     measured_scale: jax.Array  # float32: the factor last applied
     measured_transition: jax.Array  # b*; 0 at first
-    measured_largest: (
-        jax.Array
-    )  # λ₁ of the Hessian on all data, averaged over refreshes; 0 at first
+    measured_largest: jax.Array  # λ₁ of the Hessian on all data, averaged; 0 at first
     measured_noise: jax.Array  # ν², averaged likewise
     transition_refreshes: jax.Array  # int32: usable ones
     failed_transition_refreshes: jax.Array  # int32

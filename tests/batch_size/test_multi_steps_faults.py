@@ -124,9 +124,7 @@ def test_autowu_in_the_drop_in_is_told_when_every_micro_batch_is_broken(watched)
     inner = adabatch.return_to_minimum(optax.chain(controller, optax.scale_by_adam(), schedule))
     optimizer = adabatch.adaptive_multi_steps(inner, micro_batch_size=8)
     gradients, values = calls(28)
-    gradients[20:23] = (
-        np.nan
-    )  # the second would have filled a batch; from the next on AutoWU reacts
+    gradients[20:23] = np.nan  # the second would have filled a batch; AutoWU reacts to the next
     values[:20], values[20:23] = 3.0 - 0.05 * np.arange(20), np.nan
 
     def call(carry, given):
