@@ -51,9 +51,9 @@ def child(out: Path, epochs: int, every: int) -> None:
         say("saving", state.step)
         save(self, state)
 
-    def noted_read(self: Any, row: Any, *arguments: Any) -> int:
-        after = read(self, row, *arguments)
-        say("step", row["step"], row["examples"], row["batch_size"], after, int(row["phase"]))
+    def noted_read(self: Any, row: Any, report: Any, seconds: float) -> int:
+        after = read(self, row, report, seconds)
+        say("step", row["step"], row["examples"], row["batch_size"], after, int(report["phase"]))
         return after
 
     _compiled._compile, _resume.Checkpoints.save = noted_compilation, noted_save
