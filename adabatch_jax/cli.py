@@ -178,8 +178,9 @@ def _unboxed(text: str) -> str:
     if found := re.match(_NO_TYPE, said):
         return f"{found[1]} must be {_KINDS.get(found[2], found[2])}, got {found[3]}"
     if found := re.match(_NO_CHOICE, said):
-        choices = " or ".join(c for c in re.findall(r"'(.*?)'", found[3]) if c != "None")
-        return f"{found[2]} must be {choices}, got {found[1]}"
+        # The parser holds them in a set, whose order differs from run to run.
+        choices = sorted(c for c in re.findall(r"'(.*?)'", found[3]) if c != "None")
+        return f"{found[2]} must be {' or '.join(choices)}, got {found[1]}"
     if found := re.match(_NO_VALUE, said):
         return f"{found[1]} needs a value"
     said = re.sub(r"^Error parsing (Train|Spectrum)Config: ", "", said)

@@ -58,7 +58,7 @@ def test_help_that_nobody_reads_on_is_no_error(monkeypatch, capsys):
             ["train", "--max-batch-size", "8"],
             "--max-batch-size 8 is below the first batch, 16 by d",
         ),
-        (["train", "--debias", "perhaps"], "--debias must be True or False, got 'perhaps'"),
+        (["train", "--debias", "perhaps"], "--debias must be False or True, got 'perhaps'"),
         (
             ["train", "--schedule", "autowu", "--learning-rate", "1"],
             "leave out --learning-rate 1.0",
