@@ -48,7 +48,7 @@ def measure_call(
     """
     checked = checked_axes(axes)
     same = sorted(checked - varying_axes(trained))
-    if same:
+    if trained and same:
         raise ValueError(
             f"{_WHERE}: the gradient is the same on all devices of axis {same[0]!r}, so "
             "the noise between them cannot be seen: inside shard_map cast the parameters with "

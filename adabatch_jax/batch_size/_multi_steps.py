@@ -207,8 +207,9 @@ def adaptive_multi_steps(
             answer, inner = optimizer.update(updates, state.inner_opt_state, params, **more)
             return answer, state._replace(inner_opt_state=inner)
         told = dict(value=value, num_examples=num_examples, batch_size=batch_size)
+        told["micro_batch_size"] = micro_batch_size
         gathered = state.gathered_noise
-        check_call(updates, gathered, noise, {**told, "micro_batch_size": micro_batch_size})
+        check_call(updates, gathered, noise, told)
         devices = 1
         for axis in axes:
             devices *= jax.lax.axis_size(axis)

@@ -26,9 +26,7 @@ from adabatch_jax.noise._clock import advance, as_float, zero_clock
 
 PyTree = Any
 SMOOTHERS = {"rbf": rbf_smoother, "quasisep": quasisep_smoother}
-MAX_SETBACKS = (
-    6  # the rate falls to 1/64 of the peak: too high by more than that it cannot have been
-)
+MAX_SETBACKS = 6  # down to 1/64 of the peak: by more than that it cannot have been too high
 
 
 def scale_by_autowu(

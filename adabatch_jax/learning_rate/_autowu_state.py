@@ -38,9 +38,7 @@ class WarmupEnd(enum.IntEnum):
     RUNNING = 0  # it has not
     MINIMUM_PASSED = 1  # the loss has passed its minimum: back to the rate there
     AT_LIMIT = 2  # no minimum seen: on with the last rate
-    DIVERGED = (
-        3  # losses exploded or were not finite, two in a row: back to the rate at the minimum
-    )
+    DIVERGED = 3  # losses exploded or were not finite, two in a row: back as after a minimum
     NO_FINITE_LOSS = 4  # at the limit without a single finite loss: nothing is known
     NO_WARMUP = 5  # max_warmup_fraction = 0, or a run of `automatic` that is too short for one
 

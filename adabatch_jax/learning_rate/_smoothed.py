@@ -15,9 +15,7 @@ from adabatch_jax.noise._clock import as_int
 
 PyTree = Any
 Floats = npt.NDArray[np.float64]
-_MOST_EXACT = (
-    500  # losses that the dense smoother is conditioned on: as many as in one of its draws
-)
+_MOST_EXACT = 500  # losses that the dense smoother is conditioned on, as in one of its draws
 
 
 class SmoothedLosses(NamedTuple):

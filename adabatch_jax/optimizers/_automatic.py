@@ -24,8 +24,8 @@ from adabatch_jax.noise import GradientNoise
 PyTree = Any
 ETA = 1.5  # of the norm test
 BATCH_SIZE_OPTIONS = dict(smoothing=0.9, debias=True, growth_limit=1.1)
-_WARMUP = 0.1  # of the run, at most
-_LEAST_STEPS = 40  # of a warm-up that finds a rate: two for each test
+WARMUP = 0.1  # of the run, at most
+LEAST_STEPS = 40  # of a warm-up that finds a rate: two for each test
 # Without one: how long a first step may be against the parameters. By the factor on the peak: steps that
 # are as long as the parameters whatever the gradient, others, and those that shrink as they go.
 _STEP_WITHOUT_SEARCH = {1.0: 1 / 32, 4.0: 1 / 8, 8.0: 1 / 2}
@@ -137,7 +137,7 @@ def automatic(
     kind = Kind(scaling) if scaling else kind_of(direction, "automatic", _REMEDY)
     scale = scale_by_batch_size(kind.scaling, base_batch_size=initial_batch_size)
     found = dict(
-        max_warmup_fraction=_WARMUP,
+        max_warmup_fraction=WARMUP,
         max_relative_step=kind.max_relative_step,
         **kind.autowu_options,
     )
@@ -195,14 +195,14 @@ def automatic(
 def _too_short(fraction: Any, total_examples: int, initial_batch_size: int) -> str:
     """What is wrong with a run that has too few steps to find a rate; empty if nothing is."""
     steps = int(fraction * total_examples) // initial_batch_size
-    if not fraction > 0 or steps >= _LEAST_STEPS:
+    if not fraction > 0 or steps >= LEAST_STEPS:
         return ""
-    needed = -(-_LEAST_STEPS * initial_batch_size // fraction)
-    smaller = int(fraction * total_examples) // _LEAST_STEPS
+    needed = -(-LEAST_STEPS * initial_batch_size // fraction)
+    smaller = int(fraction * total_examples) // LEAST_STEPS
     remedy = f"at least total_examples={int(needed)}"
     remedy += f" or initial_batch_size={smaller} at most" if smaller > 1 else ""
     return (
         f"total_examples={total_examples} in batches of initial_batch_size={initial_batch_size} is too "
-        f"short a run: its warm-up has {steps} steps, and it takes {_LEAST_STEPS} to find a learning rate "
+        f"short a run: its warm-up has {steps} steps, and it takes {LEAST_STEPS} to find a learning rate "
         f"({remedy})"
     )

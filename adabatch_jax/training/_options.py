@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from adabatch_jax.learning_rate import _autowu_plan
+from adabatch_jax.optimizers._automatic import LEAST_STEPS, WARMUP
+
 IMAGES = ("digits", "mnist", "fashion-mnist")
 DATASETS = (*IMAGES, "text")
 IMAGE_MODELS = ("logistic", "mlp", "cnn", "resnet")
@@ -52,7 +55,11 @@ CRITERIA_WITH = {  # thresholds that not every criterion has
     "nu": ("augmented",),
 }
 # The part of a run that may go into finding its rate, and how many steps of the first batch it takes.
-WARMUPS = {"auto": (0.1, 40), "autowu": (0.5, 10), "autowu-improved": (0.2, 10)}
+WARMUPS = {
+    "auto": (WARMUP, LEAST_STEPS),
+    "autowu": (0.5, _autowu_plan.LEAST_STEPS),
+    "autowu-improved": (0.2, _autowu_plan.LEAST_STEPS),
+}
 
 
 def spelled(name: str) -> str:

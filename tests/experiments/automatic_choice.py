@@ -115,7 +115,7 @@ def automatic_run(task: Task, optimizer: str, first: int, way: Way, seed: int) -
             return found._replace(peak_factor=way.factor, peak_at="minimum")
         return found._replace(peak_factor=way.part * found.peak_factor)
 
-    with mock.patch.multiple(_automatic, _WARMUP=way.warmup, kind_of=kind):
+    with mock.patch.multiple(_automatic, WARMUP=way.warmup, kind_of=kind):
         return run(task, False, seed, optimizer=optimizer, auto=True, **options)
 
 
