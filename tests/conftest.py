@@ -11,6 +11,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="adabatch_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Tests compile much and compute little. With =0 they meet the programs that users get, as one line of CI does.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
@@ -33,3 +35,31 @@ def single_precision():
     assert not jax.config.jax_enable_x64, "float64 is on: an earlier test, or the environment"
     yield
     assert not jax.config.jax_enable_x64, "this test left float64 on"
+
+
+@pytest.fixture
+def optimized():
+    """Programs as users get them: for tests of what they cost."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def pytest_collection_modifyitems(items):
+    """What several tests share is made once: with xdist they stay in one process."""
+    for item in items:
+        if shared := _shared(item):
+            item.add_marker(pytest.mark.xdist_group(shared))
+
+
+def _shared(item):
+    """The row of the contract table, or the module whose fixture serves several of its tests."""
+    if row := getattr(item, "callspec", None) and item.callspec.params.get("row"):
+        return row.name
+    fixtures = item._fixtureinfo.name2fixturedefs if hasattr(item, "_fixtureinfo") else {}
+    of_module = any(
+        found[-1].scope == "module" and found[-1].func.__module__ == item.module.__name__
+        for found in fixtures.values()
+    )
+    return item.module.__name__ if of_module else None
