@@ -8,6 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS += tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
 
 
 def code_blocks(text, language):
@@ -30,5 +31,5 @@ def test_links_lead_somewhere(document):
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     links = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     local = [link.split("#")[0] for link in links if not re.match(r"[a-z]+:", link)]
-    missing = [link for link in local if not (ROOT / link).exists()]
+    missing = [link for link in local if not (ROOT / document).parent.joinpath(link).exists()]
     assert not missing, f"{document} links to what is not there: {missing}"
