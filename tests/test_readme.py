@@ -1,4 +1,4 @@
-"""The README's code runs as printed, and the links between our documents lead somewhere."""
+"""The README's code runs as printed; links between our documents, and commands in them, lead somewhere."""
 
 import pathlib
 import re
@@ -8,6 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS += tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
 
 
 def code_blocks(text, language):
@@ -30,5 +31,14 @@ def test_links_lead_somewhere(document):
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     links = re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     local = [link.split("#")[0] for link in links if not re.match(r"[a-z]+:", link)]
-    missing = [link for link in local if not (ROOT / link).exists()]
+    missing = [link for link in local if not (ROOT / document).parent.joinpath(link).exists()]
     assert not missing, f"{document} links to what is not there: {missing}"
+
+
+def test_every_command_of_make_is_one():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+): ## ", makefile, flags=re.MULTILINE))
+    texts = [(ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS]
+    said = re.findall(r"`make ([a-z -]+?)(?: ARGS=[^`]*)?`", " ".join(texts))
+    used = {target for command in said for target in command.split()}
+    assert used and used <= targets, used - targets

@@ -1,0 +1,55 @@
+# The commands of a contributor; `make` alone lists them. They use .venv where there is one, else the
+# active environment, and always import this checkout. ARGS are handed on:
+#
+#   make test ARGS="tests/noise -x"
+#   make bench ARGS="--only ladder.py"
+
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python)
+PYTEST := $(PYTHON) -m pytest -n 2
+ARGS ?=
+# Scripts would otherwise import the package that is installed.
+export PYTHONPATH := $(CURDIR)
+
+.DEFAULT_GOAL := help
+.PHONY: help test test-all slow devices notebooks soak lint format types api bench ci
+
+help: ## this list
+	@awk -F ': ## ' '/^[a-z-]+: ## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
+
+test: ## the default tests, as README runs them
+	$(PYTEST) $(ARGS)
+
+test-all: ## every test
+	$(PYTEST) -m "" $(ARGS)
+
+slow: ## whole training runs, statistics over many seeds
+	$(PYTEST) -m slow $(ARGS)
+
+devices: ## eight devices, and several processes
+	$(PYTEST) -m devices $(ARGS)
+
+notebooks: ## every notebook, from a clean kernel
+	$(PYTEST) -m notebooks $(ARGS)
+
+soak: ## many thousand steps
+	$(PYTEST) -m soak $(ARGS)
+
+lint: ## style, without changing anything
+	$(PYTHON) -m ruff check . $(ARGS)
+	$(PYTHON) -m ruff format --check .
+
+format: ## style, and what can be put right is
+	$(PYTHON) -m ruff check --fix . $(ARGS)
+	$(PYTHON) -m ruff format .
+
+types: ## mypy
+	$(PYTHON) -m mypy $(ARGS)
+
+api: ## writes API.md from the docstrings
+	$(PYTHON) -m tests.api_index
+
+bench: ## every benchmark, more than an hour
+	$(PYTHON) -m tests.benchmarks $(ARGS)
+
+ci: ## everything from nothing, as CI does: new environments, README's commands, the wheel
+	bash .ci/run $(ARGS)
