@@ -12,19 +12,29 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from adabatch_jax.training._check import check_dataset
-from adabatch_jax.training._chunk import make_chunk, place_of
-from adabatch_jax.training._classifier import classifier
-from adabatch_jax.training._compiled import CompiledSteps
 from adabatch_jax.training._config import TrainConfig
-from adabatch_jax.training._data import Dataset
-from adabatch_jax.training._devices import Devices, as_before, on_host
-from adabatch_jax.training._feed import Feed
-from adabatch_jax.training._ladder import Rung, batch_sizes_of, rung_after, rung_for
 from adabatch_jax.training._optimizer import build_optimizer, known, told_already
-from adabatch_jax.training._resume import RunState
-from adabatch_jax.training._rows import HINT, HINTS, Row, RowReader, TrainingError
-from adabatch_jax.training._step import make_gradient, make_step, make_update
+from adabatch_jax.training._run_state import RunState
+from adabatch_jax.training.data import (
+    Dataset,
+    Feed,
+    Rung,
+    batch_sizes_of,
+    check_dataset,
+    rung_after,
+    rung_for,
+)
+from adabatch_jax.training.devices import Devices, as_before, on_host
+from adabatch_jax.training.models import classifier
+from adabatch_jax.training.record import HINT, HINTS, Row, RowReader, TrainingError
+from adabatch_jax.training.step import (
+    CompiledSteps,
+    make_chunk,
+    make_gradient,
+    make_step,
+    make_update,
+    place_of,
+)
 
 PyTree = Any
 AfterStep = Callable[[int, Callable[[], RunState]], None]
@@ -247,7 +257,15 @@ class Run:
             steps, every = config.steps_per_call, config.checkpoint_every
             if every:  # a call ends where a checkpoint is due
                 steps = min(steps, every - state.step % every)
-            place = devices.replicate(place_of(state, epoch * epoch_size, self.budget, steps))
+            window_start = epoch * epoch_size
+            place = place_of(
+                state.position,
+                state.decided,
+                window=window_start,
+                budget=self.budget,
+                steps=steps,
+            )
+            place = devices.replicate(place)
             rung = self._rung(state.decided[0])
             given = data, order, place
             upper = rung_after(rung, **ladder)
