@@ -30,12 +30,12 @@ from adabatch_jax.training.data import (
     Feed,
     GrainStream,
     IterableStream,
+    Ladder,
     MicroBatches,
     Rung,
     Stream,
     load_dataset,
     load_text,
-    rung_for,
 )
 from adabatch_jax.training.devices import RunInterrupted
 from adabatch_jax.training.models import build_model, masked_mean
@@ -57,6 +57,7 @@ __all__ = [
     "Feed",
     "GrainStream",
     "IterableStream",
+    "Ladder",
     "MicroBatches",
     "ProcessLost",
     "RunInterrupted",
@@ -82,7 +83,6 @@ __all__ = [
     "read_metrics",
     "report_spectrum",
     "run_steps",
-    "rung_for",
     "save_params",
     "show_spectrum",
     "train",

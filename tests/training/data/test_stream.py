@@ -17,9 +17,9 @@ from adabatch_jax.training import (
     Feed,
     GrainStream,
     IterableStream,
+    Ladder,
     Rung,
     masked_mean,
-    rung_for,
 )
 
 NUMBER = 23
@@ -300,8 +300,8 @@ def test_the_statistics_are_those_of_the_real_examples():
 
 
 def test_the_ladder_gives_the_shapes():
-    ladder = dict(initial_batch_size=4, max_batch_size=64, max_micro_batch_size=8, noise_groups=4)
+    ladder = Ladder(4, 64, max_micro_batch_size=8, noise_groups=4)
     stream = ArrayStream(np.arange(100), micro_batch_size=1, num_groups=1)
     for size in (4, 9, 33, 64):
-        batch = stream.take(size, rung_for(size, **ladder))
+        batch = stream.take(size, ladder.rung(size))
         assert batch.sizes.sum() == size
