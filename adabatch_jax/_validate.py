@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+import operator
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,18 @@ def positive_int(where: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if _is_known(value) and not (_is_number(value) and value == int(value) and value >= 1):
             raise ValueError(f"{where}: {name} must be a positive integer, got {value!r}")
+
+
+def integer(where: str, name: str, value: SupportsIndex, low: int, high: int | None = None) -> int:
+    """The value as a Python int, if it is an integer in [low, high)."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{where}: {name} must be an integer, got {value!r}") from None
+    if number < low or (high is not None and number >= high):
+        limit = f"be at least {low}" if high is None else f"lie in [{low}, {high})"
+        raise ValueError(f"{where}: {name} must {limit}, got {number}")
+    return number
 
 
 def between(where: str, low: float, high: float, *, closed: bool = False, **arguments: Any) -> None:

@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
       SIGTERM. All but 0 come with one line that says why.
     """
     arguments = _spelled_out(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"adabatch-jax {adabatch_jax.__version__}")
+        return 0
     try:
         import tyro
 
@@ -39,9 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{error.name} is missing: pip install 'adabatch-jax[train]' installs what it needs",
             USAGE_ERROR,
         )
-    if arguments == ["--version"]:
-        print(f"adabatch-jax {adabatch_jax.__version__}")
-        return 0
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -116,7 +116,7 @@ def _one_line_warnings() -> Iterator[None]:
 
 
 def _show(result: Any) -> None:
-    from adabatch_jax.training._warmup import tell_warmup
+    from adabatch_jax.training.record import tell_warmup
 
     s = result.summary
     bits = f" ({s['bits_per_byte']:.3f} bits per byte)" if "bits_per_byte" in s else ""

@@ -31,6 +31,29 @@ MAY_IMPORT = CORE | {
     "cli": {*CORE, "training"},
     "__main__": {"cli"},
 }
+# Inside training/: sub-room, or file at the top -> those that it may import besides itself.
+IN_TRAINING: dict[str, set[str]] = {
+    "_files": set(),
+    "_options": set(),
+    "_run_state": set(),
+    "data": {"_files"},
+    "devices": set(),
+    "record": {"_files"},
+    "plot": {"_files"},
+    "models": {"data"},
+    "step": {"data", "devices", "models"},
+    "checkpoint": {"_files", "_options", "_run_state", "devices"},
+    "spectrum": {"_files", "_options", "checkpoint", "data", "devices", "models", "plot"},
+    "_config_check": {"_options"},
+    "_config": {"_config_check", "_options"},
+    "_optimizer": {"_config"},
+}
+IN_TRAINING["_loop"] = {"_config", "_optimizer", "_run_state"}
+IN_TRAINING["_loop"] |= {"data", "devices", "models", "record", "step"}
+IN_TRAINING["_train"] = set(IN_TRAINING) - {"_config_check", "spectrum"}
+IN_TRAINING[""] = set(IN_TRAINING)
+MAX_FILES_AT_THE_TOP = 12  # of training/
+
 ONLY_IN_EXTRAS = {
     *("chex", "flax", "grain", "matplotlib", "orbax", "rich", "sklearn", "tyro"),
     *("equinox", "hypothesis", "pytest", "tensorboardX"),
@@ -50,6 +73,12 @@ ROOMS = [name for name, path in FILES.items() if path.name == "__init__.py"]
 
 def unit(module):
     return module.split(".")[1] if "." in module else ""
+
+
+def unit_in_training(module):
+    """The sub-room of training/, or the file at its top; "" for its facade, None outside."""
+    parts = module.split(".")[1:]
+    return None if parts[:1] != ["training"] else "".join(parts[1:2])
 
 
 @functools.cache
@@ -112,6 +141,46 @@ def test_imports_go_one_way(module):
     assert here in MAY_IMPORT, f"{module}: say in MAY_IMPORT what {here} may import"
     wrong = {name for name in ours(module) if unit(name) not in {here, *MAY_IMPORT[here]}}
     assert not wrong, f"{module} must not import {sorted(wrong)}"
+
+
+TRAINING = [name for name in FILES if unit(name) == "training"]
+
+
+@pytest.mark.parametrize("module", TRAINING)
+def test_imports_in_training_go_one_way(module):
+    here = unit_in_training(module)
+    assert here in IN_TRAINING, f"{module}: say in IN_TRAINING what {here} may import"
+    may = {here, *IN_TRAINING[here], None}
+    wrong = {name for name in ours(module) if unit_in_training(name) not in may}
+    assert not wrong, f"{module} must not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("module", TRAINING)
+def test_sub_rooms_are_entered_by_the_front_door(module):
+    here = unit_in_training(module)
+    wrong = {
+        name
+        for name in ours(module)
+        if unit_in_training(name) not in (here, None) and name.count(".") > 2
+    }
+    assert not wrong, f"{module}: import {sorted(wrong)} from the sub-room itself"
+
+
+def test_sub_rooms_offer_what_they_import():
+    """What `__init__.py` of a sub-room takes from its files, other rooms may use."""
+    for room in (name for name in ROOMS if unit_in_training(name)):
+        taken = {
+            alias.asname or alias.name
+            for node in tree(room).body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        assert taken == set(public_names(room)), room
+
+
+def test_training_has_few_files_at_its_top():
+    top = sorted(path.name for path in (PACKAGE / "training").glob("*.py"))
+    assert len(top) <= MAX_FILES_AT_THE_TOP, top
 
 
 @pytest.mark.parametrize("module", [name for name in FILES if unit(name) in CORE])

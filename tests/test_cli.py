@@ -12,7 +12,8 @@ import warnings
 import pytest
 
 from adabatch_jax.cli import main
-from adabatch_jax.training import _report_spectrum, _train, load_dataset
+from adabatch_jax.training import _train, load_dataset
+from adabatch_jax.training.spectrum import _command
 
 
 def test_a_small_run_prints_its_result_and_where_it_lies(tmp_path, capsys):
@@ -200,7 +201,7 @@ def test_an_interrupted_measurement_writes_nothing(tmp_path, capsys, monkeypatch
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_report_spectrum, "measure_subject", interrupted)
+    monkeypatch.setattr(_command, "measure_subject", interrupted)
     assert main(["spectrum", "--out", str(tmp_path), *FEW]) == 130
     assert capsys.readouterr().err == "adabatch-jax: interrupted: nothing was written\n"
     assert list(tmp_path.iterdir()) == []

@@ -1,40 +1,55 @@
 """Run it: real data in, a trained model and a record of every decision out.
 
-`train(TrainConfig(...))` is what `adabatch-jax train` calls. In the order of the data: `load_dataset`
-finds and checks the data, `Feed` fixes the order of the examples, `rung_for` the compiled shape of a
-batch, `make_step` the fused step, `build_optimizer` the chain, `plot_run` the picture of the run and
-`plot_warmup` that of AutoWU's decision. `save_params` keeps what was trained.
+`train(TrainConfig(...))` is what `adabatch-jax train` calls; `run_steps` makes the same steps and
+writes nothing. `_train.py` puts the rooms below together, and `_loop.py` makes the steps.
 
-Data of your own, in a loop of your own: `ArrayStream`, `GrainStream` and `IterableStream` hand out
-micro-batches of one shape for batches that change their size. `load_text` makes a data set of a text file.
+| room | question | holds |
+|---|---|---|
+| `data/` | Which examples does a step see? | data sets, order of the examples, ladder, streams |
+| `models/` | What is trained? | models by name, losses of examples |
+| `devices/` | Where is it computed? | devices, processes, signals |
+| `step/` | What is done with a batch? | the compiled step, alone or in a loop on the device |
+| `checkpoint/` | How does it outlive the process? | parameters and states of a run on disk |
+| `record/` | What does a run say about itself? | metrics.csv, progress, TensorBoard |
+| `plot/` | How does a run look? | run.png, AutoWU's decision |
+| `spectrum/` | How sharp is what was trained? | `report_spectrum`, which is `adabatch-jax spectrum` |
 
-`report_spectrum(SpectrumConfig(...))` is what `adabatch-jax spectrum` calls: `measure_spectrum` compares
-the curvature of batches with the formulas, `plot_spectrum` draws it. The rooms of the core know nothing
-of this one.
+For a loop of one's own: `load_dataset` and `load_text` find the data, and `ArrayStream`, `GrainStream`
+and `IterableStream` hand out micro-batches of one shape for batches that change their size. The rooms
+of the core know nothing of this one.
 """
 
-from adabatch_jax.training._checkpoint import load_params, save_params
 from adabatch_jax.training._config import TrainConfig
-from adabatch_jax.training._data import Dataset, load_dataset
-from adabatch_jax.training._feed import Feed
-from adabatch_jax.training._interrupt import RunInterrupted
-from adabatch_jax.training._ladder import Rung, rung_for
 from adabatch_jax.training._loop import ProcessLost, run_steps
-from adabatch_jax.training._models import build_model
 from adabatch_jax.training._optimizer import build_criterion, build_optimizer
-from adabatch_jax.training._plot import plot_run
-from adabatch_jax.training._plot_spectrum import plot_spectrum
-from adabatch_jax.training._plot_warmup import plot_warmup
-from adabatch_jax.training._report import read_metrics
-from adabatch_jax.training._report_spectrum import report_spectrum, show_spectrum
-from adabatch_jax.training._rows import TrainingError
-from adabatch_jax.training._spectrum import SpectrumResult, measure_spectrum
-from adabatch_jax.training._spectrum_config import SpectrumConfig
-from adabatch_jax.training._step import make_step
-from adabatch_jax.training._stream import ArrayStream, MicroBatches, Stream, masked_mean
-from adabatch_jax.training._stream_sources import GrainStream, IterableStream
-from adabatch_jax.training._text import load_text
 from adabatch_jax.training._train import TrainResult, train
+from adabatch_jax.training.checkpoint import load_params, save_params
+from adabatch_jax.training.data import (
+    ArrayStream,
+    Dataset,
+    Feed,
+    GrainStream,
+    IterableStream,
+    Ladder,
+    MicroBatches,
+    Rung,
+    Stream,
+    load_dataset,
+    load_text,
+)
+from adabatch_jax.training.devices import RunInterrupted
+from adabatch_jax.training.models import build_model, masked_mean
+from adabatch_jax.training.plot import plot_run, plot_warmup
+from adabatch_jax.training.record import TrainingError, read_metrics
+from adabatch_jax.training.spectrum import (
+    SpectrumConfig,
+    SpectrumResult,
+    measure_spectrum,
+    plot_spectrum,
+    report_spectrum,
+    show_spectrum,
+)
+from adabatch_jax.training.step import make_step
 
 __all__ = [
     "ArrayStream",
@@ -42,6 +57,7 @@ __all__ = [
     "Feed",
     "GrainStream",
     "IterableStream",
+    "Ladder",
     "MicroBatches",
     "ProcessLost",
     "RunInterrupted",
@@ -67,7 +83,6 @@ __all__ = [
     "read_metrics",
     "report_spectrum",
     "run_steps",
-    "rung_for",
     "save_params",
     "show_spectrum",
     "train",

@@ -12,19 +12,27 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from adabatch_jax.training._check import check_dataset
-from adabatch_jax.training._chunk import make_chunk, place_of
-from adabatch_jax.training._classifier import classifier
-from adabatch_jax.training._compiled import CompiledSteps
 from adabatch_jax.training._config import TrainConfig
-from adabatch_jax.training._data import Dataset
-from adabatch_jax.training._devices import Devices, as_before, on_host
-from adabatch_jax.training._feed import Feed
-from adabatch_jax.training._ladder import Rung, batch_sizes_of, rung_after, rung_for
 from adabatch_jax.training._optimizer import build_optimizer, known, told_already
-from adabatch_jax.training._resume import RunState
-from adabatch_jax.training._rows import HINT, HINTS, Row, RowReader, TrainingError
-from adabatch_jax.training._step import make_gradient, make_step, make_update
+from adabatch_jax.training._run_state import RunState
+from adabatch_jax.training.data import (
+    Dataset,
+    Feed,
+    Ladder,
+    Rung,
+    check_dataset,
+)
+from adabatch_jax.training.devices import Devices, as_before, on_host
+from adabatch_jax.training.models import classifier
+from adabatch_jax.training.record import HINT, HINTS, Row, RowReader, TrainingError
+from adabatch_jax.training.step import (
+    CompiledSteps,
+    make_chunk,
+    make_gradient,
+    make_step,
+    make_update,
+    place_of,
+)
 
 PyTree = Any
 AfterStep = Callable[[int, Callable[[], RunState]], None]
@@ -102,7 +110,7 @@ class Run:
         first, largest = known(config.initial_batch_size), known(config.max_batch_size)
         self._first_size = first
         # No step is larger than the budget, whatever is asked for: nor is what is made for it.
-        self._ladder = ladder = dict(
+        self._ladder = ladder = Ladder(
             initial_batch_size=first,
             max_batch_size=min(largest, self.budget),
             max_micro_batch_size=config.max_micro_batch_size,
@@ -119,9 +127,7 @@ class Run:
 
         def chunk_of(rung: Rung) -> Callable[..., Any]:
             """Many whole steps; those after the warm-up, which holds the batch, without its test."""
-            sizes = batch_sizes_of(rung, **ladder)
-            if sizes[1] > ladder["max_batch_size"]:  # what is asked for beyond the budget, too
-                sizes = sizes[0], 2**31 - 1
+            sizes = ladder.batch_sizes(rung)
             over = bool(config.auto) and sizes[0] > first
             mine = optimizer
             if over:
@@ -213,10 +219,10 @@ class Run:
         while position < self.budget:
             if len(decided) > lag:
                 batch_size = read(decided.popleft())
-            rung = self._rung(batch_size)
+            rung = ladder.rung(batch_size)
             length = min(batch_size, self.budget - position)
             given = data, *self._batch(rung, position, length)
-            upper = rung_after(rung, **ladder)
+            upper = ladder.after(rung)
             if upper is not None and upper not in self._step:  # compiled while training goes on
                 self._step.prepare(rung, params, opt_state, *given)  # first what is needed first
                 self._step.prepare(upper, params, opt_state, data, *self._batch(upper, 0, 0))
@@ -231,7 +237,7 @@ class Run:
         """One call for many steps, whose numbers are read back together. The same decisions."""
         config, devices, ladder = self._config, self._devices, self._ladder
         data, epoch_size = devices.replicate(self._data), len(self._data[1])
-        window = 1 + -(-ladder["max_batch_size"] // epoch_size)  # epochs that a batch may touch
+        window = 1 + -(-ladder.max_batch_size // epoch_size)  # epochs that a batch may touch
         started = time.perf_counter() - state.seconds
         batch_size = state.batch_size or self._first_size
         missing = config.lag + 1 - len(state.decided)
@@ -247,10 +253,14 @@ class Run:
             steps, every = config.steps_per_call, config.checkpoint_every
             if every:  # a call ends where a checkpoint is due
                 steps = min(steps, every - state.step % every)
-            place = devices.replicate(place_of(state, epoch * epoch_size, self.budget, steps))
-            rung = self._rung(state.decided[0])
+            decided, budget = state.decided, self.budget
+            begin = place_of(
+                state.position, decided, window=epoch * epoch_size, budget=budget, steps=steps
+            )
+            place = devices.replicate(begin)
+            rung = ladder.rung(state.decided[0])
             given = data, order, place
-            upper = rung_after(rung, **ladder)
+            upper = ladder.after(rung)
             if upper is not None and upper not in self._step:
                 self._step.prepare(rung, state.params, state.opt_state, *given)
                 self._step.prepare(upper, state.params, state.opt_state, *given)
@@ -274,10 +284,6 @@ class Run:
             )
             after_step(state.step, partial(_itself, state))
         return state
-
-    def _rung(self, batch_size: int) -> Rung:
-        """That of a batch of the size asked for; none has more than the budget."""
-        return rung_for(min(batch_size, self._ladder["max_batch_size"]), **self._ladder)
 
     def _batch(self, rung: Rung, position: int, length: int) -> tuple[Any, Any, Any]:
         """A stretch of the stream, on the devices: indices, sizes of the groups, loops to make."""

@@ -25,7 +25,6 @@ OUTSIDE_THE_RUN = (
 )
 
 FIRST_BATCH_SIZE, LARGEST_BATCH_SIZE = 16, 512
-PATIENCE = 60
 # At the first batch size of 16, from where the rate follows with the root of the batch. Cross-entropy on a
 # quarter held out of the digits' training data, after ten epochs of a batch that grows to 512, by the rate:
 # MLP, in brackets logistic regression, means of two seeds. About half of the best, so that there is room.

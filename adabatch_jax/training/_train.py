@@ -18,24 +18,29 @@ import rich.console
 from jax.experimental import multihost_utils
 
 import adabatch_jax as adabatch
-from adabatch_jax.training._check import check_dataset
-from adabatch_jax.training._checkpoint import save_params
 from adabatch_jax.training._config import TrainConfig
-from adabatch_jax.training._data import Dataset, load_dataset
-from adabatch_jax.training._interrupt import RunInterrupted, between_steps
+from adabatch_jax.training._files import prepare_output, write_json
 from adabatch_jax.training._loop import ProcessLost, Run
 from adabatch_jax.training._optimizer import build_optimizer, told_already
 from adabatch_jax.training._options import FINDS_ITS_RATE, OUTSIDE_THE_RUN
-from adabatch_jax.training._plot import plot_run
-from adabatch_jax.training._processes import connect
-from adabatch_jax.training._progress import Progress
-from adabatch_jax.training._report import MetricsWriter, read_metrics, write_json
-from adabatch_jax.training._resume import Checkpoints, RunState, data_checksum
-from adabatch_jax.training._rows import COLUMNS, Row
-from adabatch_jax.training._step import make_evaluation
-from adabatch_jax.training._tensorboard import EventWriter, check_tensorboard
-from adabatch_jax.training._text import load_text
-from adabatch_jax.training._warmup import describe_warmup, note_warmup, was_searched
+from adabatch_jax.training._run_state import RunState
+from adabatch_jax.training.checkpoint import Checkpoints, data_checksum, save_params
+from adabatch_jax.training.data import Dataset, check_dataset, load_dataset, load_text
+from adabatch_jax.training.devices import RunInterrupted, between_steps, connect
+from adabatch_jax.training.plot import plot_run
+from adabatch_jax.training.record import (
+    COLUMNS,
+    EventWriter,
+    MetricsWriter,
+    Progress,
+    Row,
+    check_tensorboard,
+    describe_warmup,
+    note_warmup,
+    read_metrics,
+    was_searched,
+)
+from adabatch_jax.training.step import make_evaluation
 
 PyTree = Any
 
@@ -94,7 +99,9 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
     """
     if config.tensorboard:
         check_tensorboard()
-    connect(config)
+    if config.distributed is not None or config.coordinator is not None:
+        others = config.coordinator, config.num_processes, config.process_id
+        connect(*others, patience=config.patience)
     dataset = _load(config)
     config = config.resolved(len(dataset.train_labels))
     budget = config.epochs * len(dataset.train_labels)
@@ -277,19 +284,3 @@ def _curvature(shown: dict[str, Any]) -> dict[str, Any]:
     names = ("curvature_largest", "transition_batch_size", "momentum")
     counts = {k: int(shown[k]) for k in ("refreshes", "failed_refreshes")}
     return {**{k: float(shown[k]) for k in names if k in shown}, **counts}
-
-
-def prepare_output(folder: Path) -> Path:
-    """Makes the folder and shows that it can be written to, before any time is spent.
-
-    Raises:
-      OSError: naming the folder.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"--out {folder} cannot be written: {error.strerror or error}") from None
-    return folder

@@ -41,9 +41,8 @@ from flax import linen as nn
 from noise_estimators import WideMLP, added_up
 
 import adabatch_jax as adabatch
-from adabatch_jax.training._models import CNN
-from adabatch_jax.training._report import write_json
-from adabatch_jax.training._transformer import Transformer
+from adabatch_jax.training._files import write_json
+from adabatch_jax.training.models import CNN, Transformer
 
 PyTree = Any
 Way = Callable[[PyTree], PyTree]  # one optimizer step: what it was given before, what it leaves

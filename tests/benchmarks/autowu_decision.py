@@ -30,7 +30,7 @@ from tinygp import GaussianProcess, kernels
 
 from adabatch_jax.learning_rate._quasisep import QuasisepFit, quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
-from adabatch_jax.training._report import write_json
+from adabatch_jax.training._files import write_json
 
 POINTS = 500
 

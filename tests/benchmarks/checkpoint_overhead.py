@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from adabatch_jax.training import TrainConfig, train
-from adabatch_jax.training._report import write_json
+from adabatch_jax.training._files import write_json
 
 
 def seconds(every: int | None, epochs: int, examples_at_most: int) -> tuple[float, int, int]:

@@ -56,8 +56,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import load_dataset
-from adabatch_jax.training._models import CNN, MLP
-from adabatch_jax.training._report import write_json
+from adabatch_jax.training._files import write_json
+from adabatch_jax.training.models import CNN, MLP
 
 NETWORKS = {"mlp": MLP(10), "cnn": CNN(10, channels=(8, 16), width=64)}
 BATCH, LONG, LIMIT, SEEDS = 1024, 60, 0.01, range(5)

@@ -29,9 +29,9 @@ from noise_estimators import WideMLP
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import make_step
-from adabatch_jax.training._devices import AXIS, Devices
-from adabatch_jax.training._report import write_json
-from adabatch_jax.training._step import losses_and_logits
+from adabatch_jax.training._files import write_json
+from adabatch_jax.training.devices import AXIS, Devices
+from adabatch_jax.training.models import losses_and_logits
 
 NUMBERS = (1, 2, 4, 8)
 BATCH, GROUPS = 1024, 32

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from adabatch_jax.training import Dataset, TrainConfig, load_dataset
+from adabatch_jax.training._files import write_json
 from adabatch_jax.training._loop import Run
-from adabatch_jax.training._report import write_json
 
 PROBLEMS: dict[str, dict[str, Any]] = {
     "digits, logistic, batch 16": dict(model="logistic", initial_batch_size=16, epochs=40),

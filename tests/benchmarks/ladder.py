@@ -43,14 +43,14 @@ import numpy as np
 import optax
 
 from adabatch_jax.training import Dataset, Feed, TrainConfig, load_dataset
-from adabatch_jax.training._compiled import CompiledSteps
-from adabatch_jax.training._ladder import rung_after, rung_for
+from adabatch_jax.training._files import write_json
 from adabatch_jax.training._loop import Run
-from adabatch_jax.training._report import write_json
-from adabatch_jax.training._step import losses_and_logits
+from adabatch_jax.training.data import Ladder
+from adabatch_jax.training.models import losses_and_logits
+from adabatch_jax.training.step import CompiledSteps
 
 SIZES = dict(initial_batch_size=64, max_batch_size=8192)
-LADDER = dict(**SIZES, max_micro_batch_size=1024, noise_groups=8)
+LADDER = Ladder(**SIZES, max_micro_batch_size=1024, noise_groups=8)
 
 
 class Foreground(CompiledSteps):
@@ -61,10 +61,10 @@ class Foreground(CompiledSteps):
 
 
 def rungs() -> Iterator[Any]:
-    rung: Any = rung_for(64, **LADDER)
+    rung: Any = LADDER.rung(64)
     while rung is not None:
         yield rung
-        rung = rung_after(rung, **LADDER)
+        rung = LADDER.after(rung)
 
 
 def ours(way: str, config: TrainConfig, dataset: Dataset) -> tuple[float, float, list[int]]:

@@ -67,9 +67,8 @@ from flax import linen as nn
 
 import adabatch_jax as adabatch
 from adabatch_jax.noise._structured._estimate import value_and_grad_structured
-from adabatch_jax.training._models import CNN
-from adabatch_jax.training._report import write_json
-from adabatch_jax.training._transformer import Transformer
+from adabatch_jax.training._files import write_json
+from adabatch_jax.training.models import CNN, Transformer
 
 DRAWS, POOL, PARTS = 200, 1024, 8
 SIZES = {"mlp": 256, "cnn": 128, "transformer": 32}

@@ -70,7 +70,7 @@ from noise_estimators import PROBLEMS, methods, problem
 
 import adabatch_jax as adabatch
 from adabatch_jax.noise._structured._estimate import value_and_grad_structured
-from adabatch_jax.training._report import write_json
+from adabatch_jax.training._files import write_json
 
 AT_ONCE = 16  # examples whose gradients are held at once, where they are not all
 SLOW, EVERY, FEWEST = 0.2, 8, 4  # from how many seconds; in which turn; how often at least

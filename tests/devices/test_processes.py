@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from adabatch_jax.training import load_dataset, load_params, read_metrics
-from adabatch_jax.training._classifier import classifier
+from adabatch_jax.training.models import classifier
 
 OPTIONS = ["--model", "logistic", "--optimizer", "adam", "--learning-rate", "0.02", "--epochs", "3"]
 OPTIONS += ["--max-batch-size", "512"]

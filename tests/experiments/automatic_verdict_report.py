@@ -9,16 +9,7 @@ from automatic_verdict_runs import Task
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from adabatch_jax.training._plot_style import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    SOFT,
-    decimal,
-    dress,
-    finish,
-    new_figure,
-)
+from adabatch_jax.training.plot import BLUE, GREEN, ORANGE, SOFT, decimal, dress, finish, new_figure
 
 Done = dict[str, Any]
 POINTS, BITS, FEWER = 0.2, 0.01, 4  # the goal: as good within these, in so many times fewer steps

@@ -22,8 +22,8 @@ import numpy as np
 import adabatch_jax as adabatch
 from adabatch_jax.training import Dataset, TrainConfig, TrainingError, load_dataset
 from adabatch_jax.training._loop import Run
-from adabatch_jax.training._step import make_evaluation
-from adabatch_jax.training._text import load_text
+from adabatch_jax.training.data import load_text
+from adabatch_jax.training.step import make_evaluation
 
 MOMENTS = 20  # at which a run's batch size and rate are kept
 FILES: dict[str, Path | None] = {"mnist": None, "text": None}

@@ -31,7 +31,7 @@ from common import CSV_OPTION, cross_entropy, data, make_accuracy, octaves, run_
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import Feed
-from adabatch_jax.training._models import CNN, MLP
+from adabatch_jax.training.models import CNN, MLP
 
 SEEDS = (0, 1, 2)
 

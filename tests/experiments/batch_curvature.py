@@ -55,7 +55,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 import adabatch_jax as adabatch
-from adabatch_jax.training._plot_style import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, dress
+from adabatch_jax.training.plot import BLUE, GREEN, INK, ORANGE, PURPLE, SOFT, dress
 
 
 def show(mean: float, error: float) -> str:

@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 import adabatch_jax as adabatch
 from adabatch_jax.curvature._spectrum import lanczos, random_unit
 from adabatch_jax.training import Feed
-from adabatch_jax.training._models import CNN, MLP
+from adabatch_jax.training.models import CNN, MLP
 
 N = 8192
 GROUP = 16

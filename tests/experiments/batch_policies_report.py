@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from adabatch_jax.training._plot_style import BLUE, ORANGE, dress, finish, new_figure
+from adabatch_jax.training.plot import BLUE, ORANGE, dress, finish, new_figure
 
 Done = dict[str, Any]
 COLUMNS = {  # of a result: its format, and what the table calls it

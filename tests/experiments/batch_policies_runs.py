@@ -21,7 +21,7 @@ import optax
 from common import data
 
 import adabatch_jax as adabatch
-from adabatch_jax.training._models import build_model
+from adabatch_jax.training.models import build_model
 
 FIRST, LARGEST = 64, 4096
 VALIDATION = 10_000  # the last of the training images: they choose the learning rate

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from adabatch_jax.training import load_dataset
-from adabatch_jax.training._report import atomic_path, write_json
+from adabatch_jax.training._files import atomic_path, write_json
 
 CSV_OPTION: dict[str, Any] = dict(
     type=Path, help="write the tables here as well, a row for every cell"

@@ -34,7 +34,7 @@ import numpy as np
 import optax
 
 import adabatch_jax as adabatch
-from adabatch_jax.training._report import atomic_path
+from adabatch_jax.training._files import atomic_path
 
 EXAMPLES, FEATURES, SEEDS = 512, 50, 8
 FIRST, LARGEST, FIT_FROM = 16, 2**24, 200

@@ -34,12 +34,19 @@ def child(out: Path, epochs: int, every: int) -> None:
     """The run itself, which says on standard output what it is doing."""
     import jax
 
-    from adabatch_jax.training import TrainConfig, _compiled, _resume, _rows, train
+    from adabatch_jax.training import TrainConfig, train
+    from adabatch_jax.training.checkpoint import _run_checkpoints
+    from adabatch_jax.training.record import _rows
+    from adabatch_jax.training.step import _compile_ahead
 
     def say(*words: Any) -> None:
         os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
-    compile_, save, read = _compiled._compile, _resume.Checkpoints.save, _rows.RowReader.__call__
+    compile_, save, read = (
+        _compile_ahead._compile,
+        _run_checkpoints.Checkpoints.save,
+        _rows.RowReader.__call__,
+    )
 
     def noted_compilation(lowered: Any) -> Any:
         say("compiling")
@@ -56,7 +63,7 @@ def child(out: Path, epochs: int, every: int) -> None:
         say("step", row["step"], row["examples"], row["batch_size"], after, int(report["phase"]))
         return after
 
-    _compiled._compile, _resume.Checkpoints.save = noted_compilation, noted_save
+    _compile_ahead._compile, _run_checkpoints.Checkpoints.save = noted_compilation, noted_save
     _rows.RowReader.__call__ = noted_read
     config = TrainConfig(auto=True, epochs=epochs, out=out, checkpoint_every=every, resume="auto")
     result = train(config)

@@ -34,7 +34,7 @@ from common import CSV_OPTION, cross_entropy, data, make_accuracy, octaves, run_
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import Feed
-from adabatch_jax.training._models import CNN, MLP, PreActResNet
+from adabatch_jax.training.models import CNN, MLP, PreActResNet
 
 BATCH_SIZE, CURVATURE_BATCH_SIZE = 128, 256
 PARTS = 2  # of an epoch: between them the test accuracy is taken

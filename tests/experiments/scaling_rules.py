@@ -28,7 +28,7 @@ from common import CSV_OPTION, run_all, save_tables
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import TrainConfig, load_dataset, run_steps
-from adabatch_jax.training._step import make_evaluation
+from adabatch_jax.training.step import make_evaluation
 
 RATES = {"momentum": 0.02, "adam": 0.001}  # at the first batch size
 RULES = ("none", "sqrt", "linear", "random-matrix")

@@ -15,7 +15,7 @@ from common import cross_entropy, data
 
 import adabatch_jax as adabatch
 from adabatch_jax.curvature._spectrum import lanczos, random_unit
-from adabatch_jax.training._models import MLP
+from adabatch_jax.training.models import MLP
 
 SEEDS = (0, 1, 2)
 SIZES = {

@@ -55,7 +55,7 @@ from stability_runs import (
     wanted,
 )
 
-from adabatch_jax.training._plot_style import BLUE, GREEN, INK, ORANGE, PURPLE, TICKS, dress
+from adabatch_jax.training.plot import BLUE, GREEN, INK, ORANGE, PURPLE, TICKS, dress
 
 
 def cell(values: Any, show: Callable[[float], str] = lambda mean: f"{2.0**mean:.3g}") -> str:

@@ -5,13 +5,7 @@ import pytest
 
 from adabatch_jax.training import TrainConfig, build_criterion, build_optimizer
 from adabatch_jax.training._optimizer import build_direction
-from adabatch_jax.training._options import (
-    CRITERIA,
-    DIRECTIONS,
-    RATES,
-    SCALINGS,
-    SCHEDULES,
-)
+from adabatch_jax.training._options import CRITERIA, DIRECTIONS, RATES, SCALINGS, SCHEDULES
 
 LANCZOS = {"optimizer": "lanczos-sgd"}
 BY_HAND = {"coordinator": "h:1", "num_processes": 2, "process_id": 1}

@@ -18,10 +18,7 @@ from adabatch_jax.learning_rate import _autowu
 from adabatch_jax.training import (
     TrainConfig,
     TrainingError,
-    _classifier,
-    _compiled,
     _loop,
-    _rows,
     build_criterion,
     build_model,
     build_optimizer,
@@ -30,7 +27,9 @@ from adabatch_jax.training import (
     run_steps,
     train,
 )
-from adabatch_jax.training._compiled import CompiledSteps
+from adabatch_jax.training.models import _classifier
+from adabatch_jax.training.record import _rows
+from adabatch_jax.training.step import CompiledSteps, _compile_ahead
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ def test_a_rung_that_fails_to_compile_says_why(digits, monkeypatch):
     def fail(lowered):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(_compiled, "_compile", fail)
+    monkeypatch.setattr(_compile_ahead, "_compile", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         run_steps(TrainConfig(model="logistic", epochs=1), digits, lambda row: None)
 

@@ -16,7 +16,7 @@ from adabatch_jax.learning_rate._minimum import in_floats_of
 from adabatch_jax.learning_rate._quasisep import _fit, quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
 from adabatch_jax.training import SpectrumConfig
-from adabatch_jax.training._spectrum_batches import compile_measures
+from adabatch_jax.training.spectrum._batches import compile_measures
 
 GROUPS = np.arange(1, 9, dtype=np.float32).reshape(4, 2)
 SIZES, EXTREMES = np.float32([16, 64, 256]), np.float32([3.0, 2.0, 1.5])

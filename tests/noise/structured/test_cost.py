@@ -7,8 +7,7 @@ from flax import linen as nn
 
 import adabatch_jax as adabatch
 from adabatch_jax.noise._structured._estimate import value_and_grad_structured
-from adabatch_jax.training._models import CNN
-from adabatch_jax.training._transformer import Transformer
+from adabatch_jax.training.models import CNN, Transformer
 
 
 class MLP(nn.Module):
