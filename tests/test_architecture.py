@@ -16,9 +16,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "adabatch_jax"
 
 # Unit (room, top-level module, or "" for the facade) -> the units it may import besides itself.
-TOOLS = {"_axes", "_dropped", "_tree", "_validate"}
+TOOLS = {"_axes", "_clock", "_dropped", "_tree", "_validate"}
 CORE = {
-    **{tool: set() for tool in TOOLS},
+    **dict.fromkeys(TOOLS, TOOLS),
     "noise": TOOLS,
     "curvature": TOOLS,
     "batch_size": TOOLS | {"noise"},
@@ -112,6 +112,18 @@ def test_imports_go_one_way(module):
     assert here in MAY_IMPORT, f"{module}: say in MAY_IMPORT what {here} may import"
     wrong = {name for name in ours(module) if unit(name) not in {here, *MAY_IMPORT[here]}}
     assert not wrong, f"{module} must not import {sorted(wrong)}"
+
+
+def test_rooms_are_entered_by_their_door():
+    """What another room needs is re-exported by the room's `__init__`, public or not."""
+    wrong = [
+        f"{module} imports {name}"
+        for module in FILES
+        for name in sorted(ours(module))
+        if unit(name) in CORE and unit(name) != unit(module)
+        if any(part.startswith("_") for part in name.split(".")[2:])
+    ]
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("module", [name for name in FILES if unit(name) in CORE])

@@ -22,8 +22,7 @@ from adabatch_jax.batch_size._call import (
 )
 from adabatch_jax.batch_size._read import controller_state, metrics, needs_noise
 from adabatch_jax.batch_size._trained import Leaves, moved_leaves
-from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._gradient_noise import UNMEASURED, blend, join_noise, unless_measured
+from adabatch_jax.noise import UNMEASURED, GradientNoise, blend, join_noise, unless_measured
 
 PyTree = Any
 _MOST_OFFERED = 2**30
@@ -288,7 +287,7 @@ def adaptive_multi_steps(
             if may_return:  # a lost batch may only lead back
                 kept = ~lost | (_returns_made(new) > returns)
                 dropped = state_after_dropped_step(inner, new, used_up=False)
-                new = jax.tree.map(lambda x, y: jnp.where(kept, x, y), new, dropped)
+                new = optax.tree.where(kept, new, dropped)
             return new_updates, new
 
         new_updates, inner = at_most_once(emit, act, updates, state.inner_opt_state)

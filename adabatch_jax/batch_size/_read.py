@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adabatch_jax import _validate
 from adabatch_jax.batch_size._state import AdaptBatchSizeState
 
 PyTree = Any
@@ -62,7 +63,7 @@ def _first(leaf: Any, stacked: int, what: str, reader: str) -> Any:
     if not stacked:
         return leaf
     remedy = f"read every member with jax.vmap({reader})(opt_state)"
-    if isinstance(leaf, jax.core.Tracer):
+    if _validate.is_traced(leaf):
         raise ValueError(
             f"{reader}: the optimizer state is stacked along {stacked} leading axis, and while tracing it "
             f"cannot be seen whether its members are alike: {remedy}, or take one of them first"
