@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adabatch_jax._protocols import inner_fields, reports_metrics
 from adabatch_jax.learning_rate._autowu_state import WarmupEnd, find_schedule
 from adabatch_jax.learning_rate._divergence import LossLevel
 
@@ -178,12 +179,11 @@ def _map_moments(change: Callable[[Any], Any], opt_state: Any) -> Any:
     fields = getattr(opt_state, "_fields", None)
     if fields is None:  # optax.chain
         return tuple(_map_moments(change, part) for part in opt_state)
-    inner = [name for name in fields if name.startswith("inner_")]
-    if inner:
+    if inner := inner_fields(opt_state):
         parts = {name: _map_moments(change, getattr(opt_state, name)) for name in inner}
         return type(opt_state)(*(parts.get(k, v) for k, v in zip(fields, opt_state, strict=True)))
     inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(opt_state)]
-    is_moments = any(inexact) and not hasattr(type(opt_state), "report_metrics")
+    is_moments = any(inexact) and not reports_metrics(opt_state)
     return change(opt_state) if is_moments else opt_state
 
 
