@@ -45,6 +45,11 @@ def checked_axes(axis_name: AxisName) -> frozenset[str]:
     return frozenset(a for a in axis_tuple(axis_name) if a in varying_axes(jax.lax.axis_index(a)))
 
 
+def shared_axis(tree: PyTree, checked: frozenset[str]) -> str | None:
+    """The first of the `checked` axes whose devices all hold the same `tree`; None if there is none."""
+    return min(checked - varying_axes(tree), default=None)
+
+
 def to_varying(tree: PyTree, axes: Iterable[str]) -> PyTree:
     """Casts every leaf to vary over `axes`, leaving alone the axes over which it already does."""
     wanted = frozenset(axes)

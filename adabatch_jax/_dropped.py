@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from adabatch_jax._protocols import remembers_dropped_steps
+
 PyTree = Any
 
 
@@ -13,8 +15,8 @@ def state_after_dropped_step(before: PyTree, after: PyTree, *, used_up: bool) ->
     """The optimizer state `before` a step that is dropped, with what its links remember of that step.
 
     AutoWU leaves one loss out that is not finite, and reacts to the second in a row: it could not tell
-    them apart if all of its state went back. A state that has something to remember says so by a method
-    `after_dropped_step(after, used_up) -> state`.
+    them apart if all of its state went back. A state that has something to remember offers
+    `after_dropped_step` (see `_protocols.py`).
 
     Args:
       before: state of an optimizer.
@@ -23,10 +25,7 @@ def state_after_dropped_step(before: PyTree, after: PyTree, *, used_up: bool) ->
         would not end with it. False where the step is made up for.
     """
 
-    def remembers(x: Any) -> bool:
-        return hasattr(type(x), "after_dropped_step")
-
     def one(old: Any, new: Any) -> Any:
-        return old.after_dropped_step(new, used_up) if remembers(old) else old
+        return old.after_dropped_step(new, used_up) if remembers_dropped_steps(old) else old
 
-    return jax.tree.map(one, before, after, is_leaf=remembers)
+    return jax.tree.map(one, before, after, is_leaf=remembers_dropped_steps)

@@ -26,6 +26,24 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
 
 
+def scale(tree: PyTree, factor: jax.Array) -> PyTree:
+    """`tree` times a float32 number, rounded once: float16 would make 1e-8 zero and 1e5 infinite."""
+    wide = jax.tree.map(lambda x: x * factor.astype(x.dtype), widen(tree))
+    return cast_like(wide, tree)
+
+
+def dot(a: PyTree, b: PyTree) -> jax.Array:
+    """Σ a·b over all entries of two real trees, float32.
+
+    A sum of products, not `optax.tree.vdot`: on a TPU a dot product of float32 is one of bfloat16, and a
+    dot product flattens its operands, which gathers what is sharded.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        total = total + jnp.sum(x * y).astype(jnp.float32)
+    return total
+
+
 def align(weight: jax.Array, x: jax.Array) -> jax.Array:
     """Gives `weight` the dtype of `x`, and trailing axes so that it broadcasts against `x`."""
     return jnp.expand_dims(weight, range(weight.ndim, x.ndim)).astype(x.dtype)

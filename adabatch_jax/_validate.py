@@ -15,21 +15,35 @@ import jax
 import jax.numpy as jnp
 
 
-def _is_known(value: Any) -> bool:
-    return not isinstance(value, jax.Array | jax.core.Tracer)
+def is_static(*values: Any) -> bool:
+    """Whether every value can be checked now: none is an array or traced."""
+    return not any(isinstance(value, jax.Array | jax.core.Tracer) for value in values)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only when the program runs; that of an array on the device can be read."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def keywords(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that a factory takes by `**name`.
+
+    `optax.inject_hyperparams` passes them as one argument, called `name`.
+    """
+    return {**given.get(name, {}), **{k: v for k, v in given.items() if k != name}}
 
 
 def positive(where: str, **arguments: Any) -> None:
     """Every argument must be a finite number above 0."""
     for name, value in arguments.items():
-        if _is_known(value) and not (_is_number(value) and value > 0):
+        if is_static(value) and not (_is_number(value) and value > 0):
             raise ValueError(f"{where}: {name} must be a positive number, got {value!r}")
 
 
 def positive_int(where: str, **arguments: Any) -> None:
     """Every argument must be an integer of at least 1."""
     for name, value in arguments.items():
-        if _is_known(value) and not (_is_number(value) and value == int(value) and value >= 1):
+        if is_static(value) and not (_is_number(value) and value == int(value) and value >= 1):
             raise ValueError(f"{where}: {name} must be a positive integer, got {value!r}")
 
 
@@ -48,8 +62,8 @@ def integer(where: str, name: str, value: SupportsIndex, low: int, high: int | N
 def between(where: str, low: float, high: float, *, closed: bool = False, **arguments: Any) -> None:
     """Every argument must lie in [low, high), or in [low, high] with `closed`."""
     for name, value in arguments.items():
-        inside = _is_known(value) and _is_number(value) and low <= value <= high
-        if _is_known(value) and not (inside and (closed or value < high)):
+        inside = is_static(value) and _is_number(value) and low <= value <= high
+        if is_static(value) and not (inside and (closed or value < high)):
             bracket = "]" if closed else ")"
             raise ValueError(f"{where}: {name} must lie in [{low}, {high}{bracket}, got {value!r}")
 

@@ -16,9 +16,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "adabatch_jax"
 
 # Unit (room, top-level module, or "" for the facade) -> the units it may import besides itself.
-TOOLS = {"_axes", "_dropped", "_tree", "_validate"}
+TOOLS = {"_axes", "_clock", "_dropped", "_protocols", "_tree", "_validate"}
 CORE = {
-    **{tool: set() for tool in TOOLS},
+    **dict.fromkeys(TOOLS, TOOLS),
     "noise": TOOLS,
     "curvature": TOOLS,
     "batch_size": TOOLS | {"noise"},
@@ -181,6 +181,18 @@ def test_sub_rooms_offer_what_they_import():
 def test_training_has_few_files_at_its_top():
     top = sorted(path.name for path in (PACKAGE / "training").glob("*.py"))
     assert len(top) <= MAX_FILES_AT_THE_TOP, top
+
+
+def test_rooms_are_entered_by_their_door():
+    """What another room needs is re-exported by the room's `__init__`, public or not."""
+    wrong = [
+        f"{module} imports {name}"
+        for module in FILES
+        for name in sorted(ours(module))
+        if unit(name) in CORE and unit(name) != unit(module)
+        if any(part.startswith("_") for part in name.split(".")[2:])
+    ]
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("module", [name for name in FILES if unit(name) in CORE])

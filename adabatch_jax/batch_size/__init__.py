@@ -9,6 +9,8 @@ batch size in the optimizer state; `adaptive_multi_steps` gathers micro-batches 
 * `get_batch_size`, `has_updated`, `needs_noise` and `metrics` read any optimizer state that holds a
   controller; `unless_skipped` keeps what the loop carries beside its parameters.
 * `trained_parameters` tells which parameters an optimizer moves.
+
+For other rooms: `returns_made` tells how often `return_to_minimum` has gone back.
 """
 
 from adabatch_jax.batch_size._adapt import adapt_batch_size
@@ -47,3 +49,6 @@ __all__ = [
     "trained_parameters",
     "unless_skipped",
 ]
+
+# For other rooms: no part of the public interface.
+from adabatch_jax.batch_size._read import returns_made as returns_made

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._clock import advance, as_float, zero_clock
 from adabatch_jax.batch_size._arguments import (
     as_criterion,
     let_through,
@@ -22,7 +23,6 @@ from adabatch_jax.batch_size._criterion import Criterion, corrected, of_populati
 from adabatch_jax.batch_size._sizes import Sizes, check_sizes
 from adabatch_jax.batch_size._state import AdaptBatchSizeState, BatchSizeStatus
 from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._clock import advance, as_float, zero_clock
 
 PyTree = Any
 _DISPLAY_DECAY = 0.9  # of the noise scale that `metrics` reports; no decision hangs on it
@@ -142,16 +142,17 @@ def adapt_batch_size(
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (AdAdaGrad); smoothing, de-biasing and
     `monotone=False` are ours.
     """
+    where = "adapt_batch_size"
     check_sizes(initial_batch_size, max_batch_size, min_batch_size, multiple_of)
-    _validate.positive_int("adapt_batch_size", test_interval=test_interval)
+    _validate.positive_int(where, test_interval=test_interval)
     if growth_limit is not None:
-        _validate.positive("adapt_batch_size", growth_limit=growth_limit)
-        if not isinstance(growth_limit, jax.Array | jax.core.Tracer) and growth_limit <= 1:
+        _validate.positive(where, growth_limit=growth_limit)
+        if _validate.is_static(growth_limit) and growth_limit <= 1:
             raise ValueError(f"adapt_batch_size: growth_limit must exceed 1, got {growth_limit!r}")
     if smoothing is not None:
-        _validate.between("adapt_batch_size", 0.0, 1.0, smoothing=smoothing)
+        _validate.between(where, 0.0, 1.0, smoothing=smoothing)
     if dataset_size is not None:
-        _validate.positive_int("adapt_batch_size", dataset_size=dataset_size)
+        _validate.positive_int(where, dataset_size=dataset_size)
     criterion = as_criterion(criterion, debias, smoothing)
     population = dataset_size if criterion.uses_noise else None
     permitted = Sizes(
@@ -160,11 +161,11 @@ def adapt_batch_size(
 
     def init(params: PyTree) -> AdaptBatchSizeState:
         def first() -> Any:
-            if isinstance(initial_batch_size, jax.Array | jax.core.Tracer):
+            if not _validate.is_static(initial_batch_size):
                 return jnp.array(initial_batch_size, jnp.int32, copy=True)
             # While tracing it stays NumPy's: a wrapper can check it against its micro-batch, and the
             # program does not hold an array that the device would have to give back.
-            tracing = isinstance(jnp.zeros(()), jax.core.Tracer)
+            tracing = _validate.is_traced(jnp.zeros(()))
             size = np.int32(initial_batch_size)
             return size if tracing else jax.device_put(size)
 

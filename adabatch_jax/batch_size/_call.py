@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adabatch_jax._axes import checked_axes, to_varying, varying_axes
+from adabatch_jax import _validate
+from adabatch_jax._axes import checked_axes, shared_axis, to_varying
 from adabatch_jax._tree import align, squared_norm, trainable, widen
 from adabatch_jax.batch_size._arguments import as_scalar
 from adabatch_jax.batch_size._state import AdaptBatchSizeState
-from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._gradient_noise import pool_noise, squared_gaps
+from adabatch_jax.noise import GradientNoise, pool_noise, squared_gaps
 
 PyTree = Any
 _WHERE = "adaptive_multi_steps"
@@ -47,12 +47,12 @@ def measure_call(
     and on several devices, it is the length.
     """
     checked = checked_axes(axes)
-    same = sorted(checked - varying_axes(trained))
-    if trained and same:
+    same = shared_axis(trained, checked)
+    if trained and same is not None:
         raise ValueError(
-            f"{_WHERE}: the gradient is the same on all devices of axis {same[0]!r}, so "
+            f"{_WHERE}: the gradient is the same on all devices of axis {same!r}, so "
             "the noise between them cannot be seen: inside shard_map cast the parameters with "
-            f"jax.lax.pcast(params, {same[0]!r}, to='varying') before differentiating, and do not "
+            f"jax.lax.pcast(params, {same!r}, to='varying') before differentiating, and do not "
             "average the gradient"
         )
     loss, size = _float32(value), _count(num_examples)
@@ -177,7 +177,7 @@ def check_call(
 
 def check_first_batch(first: Any, micro: int, devices: int, least: int) -> None:
     """Refuses a first batch that is not whole calls, or fewer groups than `least`; a traced one passes."""
-    if isinstance(first, jax.core.Tracer) or jnp.ndim(first):
+    if _validate.is_traced(first) or jnp.ndim(first):
         return
     first, step = int(first), micro * devices
     over = f"micro_batch_size={micro}" + (f" on {devices} devices" if devices > 1 else "")

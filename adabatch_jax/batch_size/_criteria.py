@@ -46,13 +46,14 @@ def norm_test(eta: Any) -> Criterion:
 
     Source: Byrd, Chin, Nocedal, Wu (2012); Lau, Liu, Kolar (2024), arXiv 2402.11215 (norm test).
     """
-    _validate.positive("norm_test", eta=eta)
+    where = "norm_test"
+    _validate.positive(where, eta=eta)
 
     def evidence(noise: GradientNoise) -> Evidence:
         trace = noise.trace
         return Evidence(trace, noise.squared_norm, trace)
 
-    return Criterion("norm_test", evidence, _squared(eta), needs_debias=_at_least_one(eta))
+    return Criterion(where, evidence, _squared(eta), needs_debias=_at_least_one(eta))
 
 
 def coordinate_norm_test(eta: Any, *, quantile: float = 0.9, floor: float = 0.1) -> Criterion:
@@ -91,9 +92,10 @@ def coordinate_norm_test(eta: Any, *, quantile: float = 0.9, floor: float = 0.1)
 
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (coordinate-wise test); quantile and floor are ours.
     """
-    _validate.positive("coordinate_norm_test", eta=eta, quantile=quantile)
-    _validate.between("coordinate_norm_test", 0.0, 1.0, closed=True, quantile=quantile)
-    _validate.between("coordinate_norm_test", 0.0, float("inf"), floor=floor)
+    where = "coordinate_norm_test"
+    _validate.positive(where, eta=eta, quantile=quantile)
+    _validate.between(where, 0.0, 1.0, closed=True, quantile=quantile)
+    _validate.between(where, 0.0, float("inf"), floor=floor)
 
     def evidence(noise: GradientNoise) -> Evidence:
         scatter = _needed(
@@ -126,7 +128,7 @@ def coordinate_norm_test(eta: Any, *, quantile: float = 0.9, floor: float = 0.1)
         return found, jnp.ones((), jnp.float32)
 
     return Criterion(
-        "coordinate_norm_test",
+        where,
         evidence,
         _squared(eta),
         summarize,
@@ -163,16 +165,15 @@ def inner_product_test(theta: Any) -> Criterion:
 
     Source: Bollapragada, Byrd, Nocedal (2018), arXiv 1710.11258 (inner product test).
     """
-    _validate.positive("inner_product_test", theta=theta)
+    where = "inner_product_test"
+    _validate.positive(where, theta=theta)
 
     def evidence(noise: GradientNoise) -> Evidence:
         square = noise.squared_norm
         along = _variance_along(noise, square, "inner_product_test")
         return Evidence(along, square, noise.trace)
 
-    return Criterion(
-        "inner_product_test", evidence, _squared(theta), needs_debias=_at_least_one(theta)
-    )
+    return Criterion(where, evidence, _squared(theta), needs_debias=_at_least_one(theta))
 
 
 def augmented_inner_product_test(theta: Any, nu: Any) -> Criterion:
@@ -203,7 +204,8 @@ def augmented_inner_product_test(theta: Any, nu: Any) -> Criterion:
 
     Source: Bollapragada, Byrd, Nocedal (2018), arXiv 1710.11258 (orthogonality test).
     """
-    _validate.positive("augmented_inner_product_test", theta=theta, nu=nu)
+    where = "augmented_inner_product_test"
+    _validate.positive(where, theta=theta, nu=nu)
 
     def evidence(noise: GradientNoise) -> Evidence:
         square, trace = noise.squared_norm, noise.trace
@@ -216,7 +218,7 @@ def augmented_inner_product_test(theta: Any, nu: Any) -> Criterion:
         return jnp.maximum(along, across * exchange), square
 
     return Criterion(
-        "augmented_inner_product_test",
+        where,
         evidence,
         _squared(theta),
         summarize,
@@ -251,13 +253,14 @@ def gradient_noise_scale(multiple: Any = 1.0) -> Criterion:
 
     Source: McCandlish, Kaplan, Amodei (2018), arXiv 1812.06162, equation 2.9 and appendix A.1.
     """
-    _validate.positive("gradient_noise_scale", multiple=multiple)
+    where = "gradient_noise_scale"
+    _validate.positive(where, multiple=multiple)
 
     def evidence(noise: GradientNoise) -> Evidence:
         trace = noise.trace
         return Evidence(trace, noise.squared_norm, trace)
 
-    return Criterion("gradient_noise_scale", evidence, 1.0 / multiple, debias=True)
+    return Criterion(where, evidence, 1.0 / multiple, debias=True)
 
 
 def _squared(x: Any) -> Any:

@@ -20,10 +20,9 @@ from adabatch_jax.batch_size._call import (
     is_complete,
     measure_call,
 )
-from adabatch_jax.batch_size._read import controller_state, metrics, needs_noise
+from adabatch_jax.batch_size._read import controller_state, needs_noise, returns_made
 from adabatch_jax.batch_size._trained import Leaves, moved_leaves
-from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._gradient_noise import UNMEASURED, blend, join_noise, unless_measured
+from adabatch_jax.noise import UNMEASURED, GradientNoise, blend, join_noise, unless_measured
 
 PyTree = Any
 _MOST_OFFERED = 2**30
@@ -262,7 +261,7 @@ def adaptive_multi_steps(
         offered = jnp.minimum(state.examples_offered, _MOST_OFFERED) + call.offered
         next_call = largest_call if unit is None else unit
         emit = is_complete(joint, controller, next_call, measure, told=unit is None)
-        told_loss, returns = mean_loss, _returns_made(state.inner_opt_state)
+        told_loss, returns = mean_loss, returns_made(state.inner_opt_state)
         may_return = returns is not None and value is not None
         if may_return:  # as many calls as fill a batch, all skipped
             lost = (offered >= controller.next_batch_size) & (joint.num_examples == 0)
@@ -286,14 +285,14 @@ def adaptive_multi_steps(
                 mean, inner, given, noise=seen, hold_batch_size=held, emit=emit, **more
             )
             if may_return:  # a lost batch may only lead back
-                kept = ~lost | (_returns_made(new) > returns)
+                kept = ~lost | (returns_made(new) > returns)
                 dropped = state_after_dropped_step(inner, new, used_up=False)
-                new = jax.tree.map(lambda x, y: jnp.where(kept, x, y), new, dropped)
+                new = optax.tree.where(kept, new, dropped)
             return new_updates, new
 
         new_updates, inner = at_most_once(emit, act, updates, state.inner_opt_state)
         if may_return:
-            emit &= ~lost | (_returns_made(inner) > returns)
+            emit &= ~lost | (returns_made(inner) > returns)
         new_updates = jax.tree.map(lambda u: jnp.where(emit, u, jnp.zeros_like(u)), new_updates)
         empty = jnp.where(emit, 0, 1)
         # The running mean needs no clearing: without examples a side has no weight in a merge.
@@ -355,11 +354,6 @@ class _Moved:
             arrays = dict(hold_batch_size=state.emitted, emit=state.emitted, mean=seen.mean, **sums)
             self.found[key] = moved_leaves(update, updates, state.inner_opt_state, params, arrays)
         return self.found[key]
-
-
-def _returns_made(inner: PyTree) -> Any:
-    """How often `return_to_minimum` has gone back; None where there is none inside."""
-    return metrics(inner).get("returns_made")
 
 
 def _initial_size(optimizer: optax.GradientTransformation, updates: PyTree) -> Any:

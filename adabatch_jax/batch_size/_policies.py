@@ -51,9 +51,10 @@ def cabs(
     Source: Balles, Romero, Hennig (2017), arXiv 1612.05086, sections 3 and 4; the bound L* is ours,
     theirs is 0.
     """
+    where = "cabs"
     if not callable(learning_rate):
-        _validate.positive("cabs", learning_rate=learning_rate)
-    _validate.between("cabs", -float("inf"), float("inf"), lowest_loss=lowest_loss)
+        _validate.positive(where, learning_rate=learning_rate)
+    _validate.between(where, -float("inf"), float("inf"), lowest_loss=lowest_loss)
 
     def evidence(noise: GradientNoise, value: Any, examples_seen: Any = None) -> Evidence:
         rate = learning_rate(examples_seen) if callable(learning_rate) else learning_rate
@@ -61,7 +62,7 @@ def cabs(
         return Evidence(rate * noise.trace, left, jnp.zeros((), jnp.float32))  # L is not biased
 
     reads = ("value", "examples_seen") if callable(learning_rate) else ("value",)
-    return Criterion("cabs", evidence, reads=reads)
+    return Criterion(where, evidence, reads=reads)
 
 
 def batch_size_schedule(schedule: Callable[[jax.Array], Any]) -> Criterion:
@@ -95,11 +96,12 @@ def batch_size_schedule(schedule: Callable[[jax.Array], Any]) -> Criterion:
 
     Source: the ramps of Megatron-LM (linear) and Levanter (stairs), over examples; the form is ours.
     """
-    _validate.function("batch_size_schedule", schedule=schedule)
+    where = "batch_size_schedule"
+    _validate.function(where, schedule=schedule)
 
     def evidence(noise: GradientNoise, examples_seen: Any) -> Evidence:
         del noise
         size = jnp.asarray(schedule(examples_seen)).astype(jnp.float32)
         return Evidence(size, jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32))
 
-    return Criterion("batch_size_schedule", evidence, reads=("examples_seen",), uses_noise=False)
+    return Criterion(where, evidence, reads=("examples_seen",), uses_noise=False)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adabatch_jax import _validate
+from adabatch_jax._protocols import emits_steps, goes_back, reports_metrics
 from adabatch_jax.batch_size._state import AdaptBatchSizeState
 
 PyTree = Any
@@ -25,7 +27,7 @@ def _states(opt_state: PyTree) -> Iterator[Any]:
     """Every state that reports metrics, and those of three wrappers of Optax's, outermost first."""
 
     def is_ours(x: Any) -> bool:
-        known = hasattr(type(x), "report_metrics") or hasattr(x, "hyperparams")
+        known = reports_metrics(x) or hasattr(x, "hyperparams")
         return known or isinstance(x, _SKIPPING)
 
     for node in jax.tree.leaves(opt_state, is_leaf=is_ours):
@@ -62,7 +64,7 @@ def _first(leaf: Any, stacked: int, what: str, reader: str) -> Any:
     if not stacked:
         return leaf
     remedy = f"read every member with jax.vmap({reader})(opt_state)"
-    if isinstance(leaf, jax.core.Tracer):
+    if _validate.is_traced(leaf):
         raise ValueError(
             f"{reader}: the optimizer state is stacked along {stacked} leading axis, and while tracing it "
             f"cannot be seen whether its members are alike: {remedy}, or take one of them first"
@@ -138,7 +140,7 @@ def last_call(opt_state: PyTree, reader: str = "metrics") -> tuple[jax.Array, ja
             if isinstance(state.skip_state, dict) and "should_skip" in state.skip_state:
                 left_out = _first_of(state, state.skip_state["should_skip"], "should_skip", reader)
             done = (told["mini_step"] == 0) & (told["gradient_step"] > 0) & ~left_out
-        elif hasattr(state, "emitted"):
+        elif emits_steps(state):
             done = _read(state, reader, "emitted")["emitted"]
             left_out = jnp.zeros((), bool)
             if hasattr(state, "skipped_call"):
@@ -148,6 +150,14 @@ def last_call(opt_state: PyTree, reader: str = "metrics") -> tuple[jax.Array, ja
         skipped |= stepped & left_out
         stepped &= done
     return stepped, skipped
+
+
+def returns_made(opt_state: PyTree) -> Any:
+    """How often `return_to_minimum` has gone back, int32 scalar; None where nothing inside can."""
+    for state in _states(opt_state):
+        if goes_back(state):
+            return _read(state, "metrics", "returns_made")["returns_made"]
+    return None
 
 
 def get_batch_size(opt_state: PyTree) -> jax.Array:
@@ -270,7 +280,7 @@ def metrics(opt_state: PyTree) -> dict[str, Any]:
       >>> metrics(link.init(jnp.zeros(3)))["num_examples"]
       0
     """
-    ours = any(hasattr(type(s), "report_metrics") for s in _states(opt_state))
+    ours = any(map(reports_metrics, _states(opt_state)))
     without = ours and not _controllers(opt_state)
     shown = {} if without else controller_state(opt_state, "metrics").report_metrics()
     rates, scales = [], []

@@ -31,18 +31,18 @@ class Sizes:
         """
         if examples is None:
             return self
-        if isinstance(examples, jax.core.Tracer):
+        if _validate.is_traced(examples):
             raise ValueError(
                 "adapt_batch_size: batch_size_multiple must be a Python int, got a tracer"
             )
         _validate.positive_int("adapt_batch_size", batch_size_multiple=examples)
         unit: Any
-        if isinstance(self.unit, jax.Array):
+        if not _validate.is_static(self.unit):
             unit = jnp.lcm(self.unit, int(examples))
         else:
             unit = math.lcm(int(self.unit), int(examples))
         largest = self.largest // unit * unit
-        if not isinstance(largest, jax.Array) and largest == 0:
+        if _validate.is_static(largest) and largest == 0:
             raise ValueError(
                 f"adapt_batch_size: no multiple of {unit} examples (batch_size_multiple={examples}, "
                 f"multiple_of={self.unit}) fits below max_batch_size={self.largest}"
@@ -88,7 +88,7 @@ def check_sizes(initial: Any, largest: Any, smallest: Any, multiple_of: Any) -> 
         multiple_of=multiple_of,
     )
     _validate.positive_int("adapt_batch_size", **sizes)
-    if any(isinstance(x, jax.Array | jax.core.Tracer) for x in sizes.values()):
+    if not _validate.is_static(*sizes.values()):
         return
     if not smallest <= initial <= largest <= 2**30:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adabatch_jax.noise._clock import as_int
+from adabatch_jax._clock import as_int
 
 PyTree = Any
 

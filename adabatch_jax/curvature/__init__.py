@@ -15,6 +15,9 @@ Random-matrix theory says by how much:
 * `transition_batch_size` is the b* = ν²/λ₁² below which noise dominates.
 * `effective_batch_size` and `inverse_effective_batch_size` allow for a finite data set.
 * `max_stable_learning_rate` is the learning rate that all this permits.
+
+For other rooms: `lanczos` and `random_unit`, one run that keeps its Ritz vector, and
+`spectrum_and_noise` with `group_shape`, the two halves of `hessian_noise`.
 """
 
 from adabatch_jax.curvature._batch_gauss_newton import (
@@ -75,3 +78,9 @@ __all__ = [
     "top_eigenvector",
     "transition_batch_size",
 ]
+
+# For other rooms: no part of the public interface.
+from adabatch_jax.curvature._noise import group_shape as group_shape
+from adabatch_jax.curvature._noise import spectrum_and_noise as spectrum_and_noise
+from adabatch_jax.curvature._spectrum import lanczos as lanczos
+from adabatch_jax.curvature._spectrum import random_unit as random_unit

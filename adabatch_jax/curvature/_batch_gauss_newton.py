@@ -160,8 +160,9 @@ def gauss_newton_noise(
 
     Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092, fit σ²; this way of fitting is ours.
     """
-    _validate.positive("gauss_newton_noise", num_parameters=num_parameters)
-    _validate.between("gauss_newton_noise", 0.0, 1.0, dataset_ratio=dataset_ratio)
+    where = "gauss_newton_noise"
+    _validate.positive(where, num_parameters=num_parameters)
+    _validate.between(where, 0.0, 1.0, dataset_ratio=dataset_ratio)
     sizes, tops = (jnp.asarray(x, jnp.float32) for x in (batch_sizes, extremes))
     if sizes.shape != tops.shape or not tops.shape:
         raise ValueError(

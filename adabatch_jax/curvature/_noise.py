@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
-from adabatch_jax._tree import squared_norm, widen
+from adabatch_jax._tree import dot, scale, squared_norm, widen
 from adabatch_jax.curvature._products import hessian_vector_product
 from adabatch_jax.curvature._spectrum import Spectrum, lanczos, power_of_two_below, random_unit
 
@@ -111,7 +111,7 @@ def _noise_along(
         before = jax.tree.map(jnp.subtract, image, mean)
         mean = jax.tree.map(lambda m, d: m + d / jnp.asarray(i + 1).astype(d.dtype), mean, before)
         after = jax.tree.map(jnp.subtract, image, mean)
-        return mean, scatter + _dot(before, after)
+        return mean, scatter + dot(before, after)
 
     zeros = (jax.tree.map(jnp.zeros_like, widen(z)), jnp.float32(0.0))
     zeros = to_varying(zeros, checked | varying_axes((params, groups, z)))
@@ -215,28 +215,22 @@ def batch_sharpness(
 
     Source: Andreyev and Beneventano (2024), Edge of Stochastic Stability, arXiv 2412.20553.
     """
-    _validate.function("batch_sharpness", loss_fn=loss_fn)
-    _validate.real_arrays("batch_sharpness", params=params)
-    num_groups, _ = group_shape("batch_sharpness", groups)
+    where = "batch_sharpness"
+    _validate.function(where, loss_fn=loss_fn)
+    _validate.real_arrays(where, params=params)
+    num_groups, _ = group_shape(where, groups)
 
     def one(group: PyTree) -> jax.Array:
         gradient = widen(jax.grad(loss_fn)(params, group))
         units = power_of_two_below(gradient)  # the square of 1e-20 is no float32
-        gradient = jax.tree.map(lambda g: g * units.astype(g.dtype), gradient)
+        gradient = scale(gradient, units)
         image = hessian_vector_product(loss_fn, params, group)(gradient)
         square = squared_norm(gradient)
-        along = _dot(gradient, image)
+        along = dot(gradient, image)
         return jnp.where(square > 0, along / jnp.where(square > 0, square, 1.0), 0.0)
 
     values = jax.lax.map(one, groups)
     return BatchSharpness(jnp.mean(values), jnp.std(values, ddof=1) / num_groups**0.5)
-
-
-def _dot(a: PyTree, b: PyTree) -> jax.Array:
-    total = jnp.float32(0.0)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        total = total + jnp.sum(x * y).astype(jnp.float32)
-    return total
 
 
 def group_shape(where: str, groups: PyTree) -> tuple[int, int]:

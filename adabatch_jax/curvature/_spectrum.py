@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
-from adabatch_jax._tree import squared_norm, widen
+from adabatch_jax._tree import scale, squared_norm, widen
 from adabatch_jax.curvature._products import CurvatureProduct
 
 PyTree = Any
@@ -227,14 +227,14 @@ def random_unit(key: jax.Array, params: PyTree) -> PyTree:
     keys = jax.random.split(key, len(leaves))
     draws = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     vector = jax.tree.unflatten(form, draws)
-    return _scaled(vector, jax.lax.rsqrt(squared_norm(vector)))
+    return scale(vector, jax.lax.rsqrt(squared_norm(vector)))
 
 
 def unit(vector: PyTree) -> PyTree:
     """The vector at length 1, at least float32, however small its entries are; NaN for zero."""
     vector = widen(vector)
-    vector = _scaled(vector, power_of_two_below(vector))
-    return _scaled(vector, jax.lax.rsqrt(squared_norm(vector)))
+    vector = scale(vector, power_of_two_below(vector))
+    return scale(vector, jax.lax.rsqrt(squared_norm(vector)))
 
 
 def power_of_two_below(tree: PyTree) -> jax.Array:
@@ -255,24 +255,24 @@ def lanczos(
     """One run from a unit vector: Ritz values, and the unit Ritz vector of the largest one."""
 
     def step(i: jax.Array, carry: tuple) -> tuple:
-        basis, vector, diagonal, off, valid, scale, units = carry
+        basis, vector, diagonal, off, valid, greatest, units = carry
         image = widen(linear(vector))
         # The matrix in units of its first image: a norm squares, and the square of 1e-20 is no float32.
         units = jnp.where(i == 0, power_of_two_below(image), units)
-        image = _scaled(image, units)
+        image = scale(image, units)
         coefficients = _coordinates(basis, image)
         image = _without(basis, image, coefficients)
         image = _without(basis, image, _coordinates(basis, image))
         length = jnp.sqrt(squared_norm(image))
         alive = i < valid
-        scale = jnp.maximum(scale, jnp.maximum(jnp.abs(coefficients[i]), length))
-        ends = alive & (length <= _BREAKDOWN * scale)
+        greatest = jnp.maximum(greatest, jnp.maximum(jnp.abs(coefficients[i]), length))
+        ends = alive & (length <= _BREAKDOWN * greatest)
         valid = jnp.where(ends, i + 1, valid)
         diagonal = diagonal.at[i].set(jnp.where(alive, coefficients[i], 0.0))
         off = off.at[i].set(jnp.where(alive, length, 0.0))
         # Rows that a finished run leaves are zero, and so are products with them.
         inside, usable = i + 1 < num_steps, (length > 0) & (i + 1 < valid)
-        following = _scaled(image, jnp.where(usable, 1.0 / jnp.where(usable, length, 1.0), 0.0))
+        following = scale(image, jnp.where(usable, 1.0 / jnp.where(usable, length, 1.0), 0.0))
         # Stored last, by way of what was read: XLA would copy the whole basis, several times a step,
         # if it were read after it was written. The last vector has no row, and rewrites the one before.
         row = jnp.minimum(i + 1, num_steps - 1)
@@ -280,7 +280,7 @@ def lanczos(
             lambda b, new, old: b.at[row].set(jnp.where(inside, new, old).astype(b.dtype)),
             *(basis, following, vector),
         )
-        return basis, following, diagonal, off, valid, scale, units
+        return basis, following, diagonal, off, valid, greatest, units
 
     basis = jax.tree.map(lambda v: jnp.zeros((num_steps, *v.shape), v.dtype).at[0].set(v), start)
     numbers = jnp.zeros(num_steps, jnp.float32)
@@ -307,10 +307,6 @@ def lanczos(
         jnp.where(real, jnp.abs(off[top] * vectors[top]), 0.0) / units,
     )
     return spectrum, _combination(basis, vectors[:, top])
-
-
-def _scaled(tree: PyTree, factor: jax.Array) -> PyTree:
-    return jax.tree.map(lambda x: x * factor.astype(x.dtype), tree)
 
 
 def _coordinates(basis: PyTree, vector: PyTree) -> jax.Array:

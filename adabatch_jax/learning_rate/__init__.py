@@ -17,6 +17,10 @@ smooth kernel of fixed length, fitted to 100 and conditioned on 500 random losse
 "quasisep" has a Matérn-5/2 kernel that learns its length, is conditioned on all losses in linear
 time, and leaves nothing to chance. `_minimum.py` says what both are asked, `_rbf.py` and
 `_quasisep.py` how they answer, `_autowu.py` what is done with the answer.
+
+For other rooms: `kind_of` tells how a rate follows the batch (`Kind`), `batch_sizes` reads a batch size
+from what `update` is told, `share_of_new` is 1 − β for a batch, `ScalingRule` the type of a rule,
+`LEAST_WARMUP_STEPS` the shortest warm-up.
 """
 
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
@@ -62,3 +66,11 @@ __all__ = [
     "smoothed_losses",
     "sqrt_scaling",
 ]
+
+# For other rooms: no part of the public interface.
+from adabatch_jax.learning_rate._autowu_plan import LEAST_WARMUP_STEPS as LEAST_WARMUP_STEPS
+from adabatch_jax.learning_rate._examples import batch_sizes as batch_sizes
+from adabatch_jax.learning_rate._follow import share_of_new as share_of_new
+from adabatch_jax.learning_rate._kind import Kind as Kind
+from adabatch_jax.learning_rate._kind import kind_of as kind_of
+from adabatch_jax.learning_rate._scaling import ScalingRule as ScalingRule

@@ -11,18 +11,19 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying
+from adabatch_jax._clock import advance, as_float, zero_clock
+from adabatch_jax._tree import scale
 from adabatch_jax.learning_rate._autowu_plan import Plan, read_clock
 from adabatch_jax.learning_rate._autowu_state import AutowuPhase, ScaleByAutowuState, WarmupEnd
 from adabatch_jax.learning_rate._decision import TESTED, decide
 from adabatch_jax.learning_rate._divergence import LossLevel, follow, no_level
+from adabatch_jax.learning_rate._examples import examples_behind
 from adabatch_jax.learning_rate._loss_history import empty_history, record
 from adabatch_jax.learning_rate._minimum import Smoother
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
-from adabatch_jax.learning_rate._scaling import times
 from adabatch_jax.learning_rate._step_length import StepLength, measure, no_length
 from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._clock import advance, as_float, zero_clock
 
 PyTree = Any
 SMOOTHERS = {"rbf": rbf_smoother, "quasisep": quasisep_smoother}
@@ -334,7 +335,7 @@ def scale_by_autowu(
             peak_position=jnp.where(switches, end, state.peak_position),
             loss_level=level,
         )
-        return times(updates, sign * rate), state
+        return scale(updates, sign * rate), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -342,11 +343,6 @@ def scale_by_autowu(
 def _increment(plan: Plan, noise: GradientNoise | None, num_examples: Any) -> jax.Array:
     if plan.by_steps:
         return jnp.ones((), jnp.int32)
-    if noise is None and num_examples is None:
-        raise ValueError(
-            "scale_by_autowu counts examples: pass noise=noise (from value_and_grad_noise) or "
-            "num_examples= to optimizer.update"
-        )
-    if num_examples is None and noise is not None:
-        num_examples = noise.num_examples
-    return jnp.asarray(num_examples).astype(jnp.int32)
+    what = "scale_by_autowu counts examples"
+    examples = examples_behind(what, noise, "num_examples", num_examples)
+    return jnp.asarray(examples).astype(jnp.int32)

@@ -15,9 +15,9 @@ DECAYS = ("cosine", "half_cosine")
 AT_LIMIT = ("last", "minimum")
 PEAK_AT = ("minimum", "earliest", "confirmed")
 # Of a warm-up, at least: with fewer the rate is multiplied by more than three from one to the next.
-LEAST_STEPS = 10
+LEAST_WARMUP_STEPS = 10
 _RAMP_START = 1.0 / 3.0  # of the peak, where a ramp begins
-_NAME = "scale_by_autowu"
+_WHERE = "scale_by_autowu"
 
 
 class Plan(NamedTuple):
@@ -61,37 +61,36 @@ class Plan(NamedTuple):
           ValueError: naming argument and value.
         """
         low, high = self.min_learning_rate, self.max_learning_rate
-        _validate.positive(_NAME, min_learning_rate=low, max_learning_rate=high)
-        traced = any(isinstance(x, jax.Array | jax.core.Tracer) for x in (low, high))
-        if not traced and low >= high:
+        _validate.positive(_WHERE, min_learning_rate=low, max_learning_rate=high)
+        if _validate.is_static(low, high) and low >= high:
             raise ValueError(
-                f"{_NAME}: min_learning_rate={low!r} must be below max_learning_rate={high!r}"
+                f"{_WHERE}: min_learning_rate={low!r} must be below max_learning_rate={high!r}"
             )
         for name in ("max_warmup_fraction", "cooldown_fraction", "hold_factor"):
             value = getattr(self, name)
             if value is not None:
-                _validate.between(_NAME, 0.0, 1.0, closed=True, **{name: value})
+                _validate.between(_WHERE, 0.0, 1.0, closed=True, **{name: value})
         factors = {"hold_factor": self.hold_factor, "peak_factor": self.peak_factor}
-        _validate.positive(_NAME, confidence=self.confidence, **factors)
+        _validate.positive(_WHERE, confidence=self.confidence, **factors)
         if self.max_relative_step is not None:
-            _validate.positive(_NAME, max_relative_step=self.max_relative_step)
-        _validate.between(_NAME, 0.0, 1.0, confidence=self.confidence)
-        _validate.between(_NAME, 0.0, float("inf"), ramp_fraction=self.ramp_fraction)
-        _validate.positive_int(_NAME, patience=self.patience, max_losses=max_losses)
+            _validate.positive(_WHERE, max_relative_step=self.max_relative_step)
+        _validate.between(_WHERE, 0.0, 1.0, confidence=self.confidence)
+        _validate.between(_WHERE, 0.0, float("inf"), ramp_fraction=self.ramp_fraction)
+        _validate.positive_int(_WHERE, patience=self.patience, max_losses=max_losses)
         if max_losses < 16:
-            raise ValueError(f"{_NAME}: max_losses must be at least 16, got {max_losses!r}")
-        _validate.one_of(_NAME, WARMUPS, warmup=self.warmup)
-        _validate.one_of(_NAME, UNITS, warmup_unit=self.warmup_unit)
-        _validate.one_of(_NAME, DECAYS, decay=self.decay)
-        _validate.one_of(_NAME, AT_LIMIT, at_limit=self.at_limit)
-        _validate.one_of(_NAME, PEAK_AT, peak_at=self.peak_at)
+            raise ValueError(f"{_WHERE}: max_losses must be at least 16, got {max_losses!r}")
+        _validate.one_of(_WHERE, WARMUPS, warmup=self.warmup)
+        _validate.one_of(_WHERE, UNITS, warmup_unit=self.warmup_unit)
+        _validate.one_of(_WHERE, DECAYS, decay=self.decay)
+        _validate.one_of(_WHERE, AT_LIMIT, at_limit=self.at_limit)
+        _validate.one_of(_WHERE, PEAK_AT, peak_at=self.peak_at)
         if initial_batch_size is not None:
-            _validate.positive_int(_NAME, initial_batch_size=initial_batch_size)
+            _validate.positive_int(_WHERE, initial_batch_size=initial_batch_size)
         if not self.max_warmup_fraction > 0:
             return
         unit = "steps" if self.by_steps else "examples"
         leaves = (
-            f"{_NAME}: total_{unit}={self.total} with max_warmup_fraction={self.max_warmup_fraction} "
+            f"{_WHERE}: total_{unit}={self.total} with max_warmup_fraction={self.max_warmup_fraction} "
             f"leaves a warm-up of {self.limit} {unit}"
         )
         if self.limit <= self.interval:
@@ -99,10 +98,10 @@ class Plan(NamedTuple):
                 f"{leaves}, too short for one test after {unit}_per_test={self.interval}"
             )
         steps = self.steps_of(initial_batch_size)
-        if steps is not None and steps < LEAST_STEPS:
+        if steps is not None and steps < LEAST_WARMUP_STEPS:
             of_batches = "" if self.by_steps else f", {steps} steps of {initial_batch_size},"
             raise ValueError(
-                f"{leaves}{of_batches} too short to find a rate in: {LEAST_STEPS} needed"
+                f"{leaves}{of_batches} too short to find a rate in: {LEAST_WARMUP_STEPS} needed"
             )
 
     def steps_of(self, initial_batch_size: int | None) -> int | None:
@@ -178,11 +177,11 @@ def read_clock(
         {"total_examples", "examples_per_test"},
     ):
         raise ValueError(
-            f"{_NAME}: give total_steps and steps_per_test, or total_examples and "
+            f"{_WHERE}: give total_steps and steps_per_test, or total_examples and "
             f"examples_per_test, got {known or 'neither'}"
         )
-    _validate.positive_int(_NAME, **known)
+    _validate.positive_int(_WHERE, **known)
     total, interval = (int(value) for value in known.values())
     if interval >= 2**31:
-        raise ValueError(f"{_NAME}: examples_per_test must be below 2**31, got {interval}")
+        raise ValueError(f"{_WHERE}: examples_per_test must be below 2**31, got {interval}")
     return "total_steps" in known, total, interval

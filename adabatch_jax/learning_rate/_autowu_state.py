@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adabatch_jax._clock import as_float
 from adabatch_jax.learning_rate._divergence import LossLevel
 from adabatch_jax.learning_rate._loss_history import LossHistory
 from adabatch_jax.learning_rate._step_length import StepLength
-from adabatch_jax.noise._clock import as_float
 
 
 class AutowuPhase(enum.IntEnum):

@@ -122,7 +122,7 @@ def follow(level: LossLevel, loss: jax.Array, position: jax.Array, rises: jax.Ar
         lowest=lowest,
         lowest_position=jnp.where(average <= lowest, position, level.lowest_position),
     )
-    after = jax.tree.map(lambda a, b: jnp.where(counts, a, b), after, level)
+    after = optax.tree.where(counts, after, level)
     bad_in_a_row = jnp.where(bad, optax.safe_increment(level.bad_in_a_row), 0)
     after = after._replace(bad_in_a_row=jnp.where(diverged, 0, bad_in_a_row).astype(jnp.int32))
     highest = jnp.where(early, jnp.inf, first + _DEVIATIONS * deviation)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax.learning_rate._scaling import ScalingRule, batch_sizes, sqrt_scaling
+from adabatch_jax.learning_rate._examples import batch_sizes
+from adabatch_jax.learning_rate._scaling import ScalingRule, sqrt_scaling
 from adabatch_jax.noise import GradientNoise
 
 _BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 there
@@ -47,8 +48,9 @@ def follow_batch_size(rule: ScalingRule, *, base_batch_size: Any) -> _FollowBatc
 
     Source: see the rules.
     """
-    _validate.positive("follow_batch_size", base_batch_size=base_batch_size)
-    _validate.function("follow_batch_size", rule=rule)
+    where = "follow_batch_size"
+    _validate.positive(where, base_batch_size=base_batch_size)
+    _validate.function(where, rule=rule)
     return _FollowBatchSize(rule, base_batch_size)
 
 
@@ -149,9 +151,10 @@ def scaled_eps(eps: Any, scaling: ScalingRule | None = None) -> ScalingRule:
     Source: Granziol, Zohren, Roberts (2022), arXiv 2006.09092, abstract; Malladi et al. (2022),
     arXiv 2205.10287, for the square root.
     """
-    _validate.between("scaled_eps", 0.0, float("inf"), eps=eps)
+    where = "scaled_eps"
+    _validate.between(where, 0.0, float("inf"), eps=eps)
     rate = sqrt_scaling() if scaling is None else scaling
-    _validate.function("scaled_eps", scaling=rate)
+    _validate.function(where, scaling=rate)
 
     def rule(batch_size: Any, base: Any) -> jax.Array:
         return _float32(eps) * _scale(rate, batch_size, base) / _ratio(batch_size, base)
@@ -196,9 +199,10 @@ def scaled_weight_decay(weight_decay: Any, scaling: ScalingRule | None = None) -
     Source: Wang, Aitchison (2024), arXiv 2405.13698: the timescale 1 / (α λ) in epochs is what to
     keep; the two placements are ours.
     """
-    _validate.between("scaled_weight_decay", 0.0, float("inf"), weight_decay=weight_decay)
+    where = "scaled_weight_decay"
+    _validate.between(where, 0.0, float("inf"), weight_decay=weight_decay)
     if scaling is not None:
-        _validate.function("scaled_weight_decay", scaling=scaling)
+        _validate.function(where, scaling=scaling)
 
     def rule(batch_size: Any, base: Any) -> jax.Array:
         decay = _float32(weight_decay) * _ratio(batch_size, base)

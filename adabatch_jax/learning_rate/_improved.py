@@ -78,8 +78,7 @@ def scale_by_improved_autowu(
     Source: ours, on the ground of Kim et al. (2021), arXiv 2107.05855.
     """
     where = "scale_by_improved_autowu"
-    # optax.inject_hyperparams hands a ** parameter on under its own name.
-    autowu_options = {**autowu_options.pop("autowu_options", {}), **autowu_options}
+    autowu_options = _validate.keywords("autowu_options", autowu_options)
     if (total_steps is None) == (total_examples is None):
         raise ValueError(
             f"{where}: give total_steps or total_examples, got {total_steps!r} and {total_examples!r}"

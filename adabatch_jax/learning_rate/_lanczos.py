@@ -13,13 +13,15 @@ from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName
 from adabatch_jax._tree import widen
 from adabatch_jax.curvature import (
+    Spectrum,
     full_hessian_extremes,
     hessian_vector_product,
+    lanczos,
     max_stable_learning_rate,
+    random_unit,
 )
-from adabatch_jax.curvature._spectrum import Spectrum, lanczos, random_unit
+from adabatch_jax.learning_rate._examples import batch_sizes
 from adabatch_jax.learning_rate._refresh import Refresh
-from adabatch_jax.learning_rate._scaling import batch_sizes
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
@@ -198,7 +200,7 @@ def scale_by_lanczos(
         held = jnp.maximum(jnp.minimum(state.curvature_scale, echo), scale)
         new = new._replace(curvature_scale=jnp.maximum(mean(state.curvature_scale, scale), held))
         failed = state._replace(failed_refreshes=state.failed_refreshes + 1)
-        kept = jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, failed)
+        kept = optax.tree.where(usable, new, failed)
         return kept._replace(lanczos_key=jax.random.key_data(key))
 
     def rates(state: ScaleByLanczosState, sharpness: dict[str, Any]) -> tuple[jax.Array, jax.Array]:

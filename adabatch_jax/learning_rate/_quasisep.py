@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from tinygp import GaussianProcess, kernels, noise
 
 from adabatch_jax.learning_rate._fit import Moments, Parameters, descend, no_moments
@@ -145,14 +146,10 @@ def _fit(
     old, guess = project(state.parameters), project(guess)
     explained = jax.lax.map(loss, jax.tree.map(lambda a, b: jnp.stack([a, b]), old, guess))
     resumes = (state.fits > 0) & (explained[0] <= explained[1])
-    before = jax.tree.map(
-        lambda a, b: jnp.where(resumes, a, b),
-        (old, state.moments),
-        (guess, no_moments(guess)),
-    )
+    before = optax.tree.where(resumes, (old, state.moments), (guess, no_moments(guess)))
     after = descend(loss, *before, rate=_FIT_RATE, steps=_FIT_STEPS, project=project)
     good = jnp.isfinite(jnp.stack(after[0])).all()  # if not, the old values serve on
-    fitted, moments = jax.tree.map(lambda a, b: jnp.where(good, a, b), after, before)
+    fitted, moments = optax.tree.where(good, after, before)
     return QuasisepFit(fitted, state.fits + 1, moments)
 
 

@@ -11,15 +11,19 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple
-from adabatch_jax.curvature import full_hessian_extremes, transition_batch_size
-from adabatch_jax.curvature._noise import group_shape, spectrum_and_noise
+from adabatch_jax._tree import scale
+from adabatch_jax.curvature import (
+    full_hessian_extremes,
+    group_shape,
+    spectrum_and_noise,
+    transition_batch_size,
+)
+from adabatch_jax.learning_rate._examples import batch_sizes
 from adabatch_jax.learning_rate._refresh import Refresh
 from adabatch_jax.learning_rate._scaling import (
-    batch_sizes,
     linear_scaling,
     random_matrix_scaling,
     sqrt_scaling,
-    times,
 )
 from adabatch_jax.noise import GradientNoise
 
@@ -156,7 +160,7 @@ def scale_by_random_matrix(
             transition_refreshes=state.transition_refreshes + 1,
         )
         failed = state._replace(failed_transition_refreshes=state.failed_transition_refreshes + 1)
-        kept = jax.tree.map(lambda a, b: jnp.where(usable, a, b), new, failed)
+        kept = optax.tree.where(usable, new, failed)
         return kept._replace(transition_key=jax.random.key_data(key))
 
     def update(
@@ -194,7 +198,7 @@ def scale_by_random_matrix(
         rule = random_matrix_scaling(transition, adaptive=adaptive, dataset_size=dataset_size)
         cautious = sqrt_scaling() if adaptive else linear_scaling()
         factor = jnp.where(known, rule(size, base), jnp.minimum(cautious(size, base), 1.0))
-        return times(updates, factor), state._replace(
+        return scale(updates, factor), state._replace(
             measured_scale=factor,
             measured_transition=transition,
             since_transition=refresh.advance(state.since_transition, due, size),

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adabatch_jax._protocols import inner_fields, reports_metrics
 from adabatch_jax.learning_rate._autowu_state import WarmupEnd, find_schedule
 from adabatch_jax.learning_rate._divergence import LossLevel
 
 PyTree = Any
-_NAME = "return_to_minimum"
+_WHERE = "return_to_minimum"
 _PRESENT = 0.98  # from here on in [0, 1] a minimum counts as lying at present
 
 
@@ -85,7 +86,7 @@ def return_to_minimum(
 
     def init(params: PyTree) -> ReturnToMinimumState:
         inner = optimizer.init(params)
-        find_schedule(inner, _NAME)
+        find_schedule(inner, _WHERE)
         return ReturnToMinimumState(
             snapshots_taken=jnp.zeros((), jnp.int32),
             returns_made=jnp.zeros((), jnp.int32),
@@ -115,7 +116,7 @@ def return_to_minimum(
             )
             return updates, state._replace(inner_returning_state=after)
         updates, after = optimizer.update(updates, before, params, **extra_args)
-        old, new = find_schedule(before, _NAME), find_schedule(after, _NAME)
+        old, new = find_schedule(before, _WHERE), find_schedule(after, _WHERE)
         # Told from what changed in this very call: adaptive_multi_steps may drop what it did.
         tested = new.tests_made > old.tests_made
         rising = new.warmup_end == WarmupEnd.RUNNING
@@ -133,25 +134,22 @@ def return_to_minimum(
             falls = (old.warmup_end != WarmupEnd.RUNNING) & (level.average <= level.lowest)
             best |= falls & once_per_interval & ~setback
 
-        def choose(first: jax.Array, a: PyTree, b: PyTree) -> PyTree:
-            return jax.tree.map(lambda x, y: jnp.where(first, x, y), a, b)
-
         best &= ~state.returning
         again = back & any(_is_narrow(u) for u in jax.tree.leaves(updates))
         moves = back | state.returning
         # What comes with a loss that is left out would spoil parameters and moments.
         withheld = new.losses_left_out > old.losses_left_out
         updates = jax.tree.map(lambda u: jnp.where(withheld, jnp.zeros_like(u), u), updates)
-        moments = choose(withheld, _moments(before), _moments(after))
+        moments = optax.tree.where(withheld, _moments(before), _moments(after))
         # The loss that was lowest is that of the parameters before this step.
         way_back = jax.tree.map(_difference, state.snapshot_params, params, updates)
-        moments = choose(moves, state.snapshot_moments, moments)
-        return choose(moves, way_back, updates), ReturnToMinimumState(
+        moments = optax.tree.where(moves, state.snapshot_moments, moments)
+        return optax.tree.where(moves, way_back, updates), ReturnToMinimumState(
             snapshots_taken=state.snapshots_taken + best.astype(jnp.int32),
             returns_made=state.returns_made + back.astype(jnp.int32),
             returning=again,
-            snapshot_params=choose(best, params, state.snapshot_params),
-            snapshot_moments=choose(best, _moments(before), state.snapshot_moments),
+            snapshot_params=optax.tree.where(best, params, state.snapshot_params),
+            snapshot_moments=optax.tree.where(best, _moments(before), state.snapshot_moments),
             inner_returning_state=_with_moments(after, moments),
         )
 
@@ -181,12 +179,11 @@ def _map_moments(change: Callable[[Any], Any], opt_state: Any) -> Any:
     fields = getattr(opt_state, "_fields", None)
     if fields is None:  # optax.chain
         return tuple(_map_moments(change, part) for part in opt_state)
-    inner = [name for name in fields if name.startswith("inner_")]
-    if inner:
+    if inner := inner_fields(opt_state):
         parts = {name: _map_moments(change, getattr(opt_state, name)) for name in inner}
         return type(opt_state)(*(parts.get(k, v) for k, v in zip(fields, opt_state, strict=True)))
     inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(opt_state)]
-    is_moments = any(inexact) and not hasattr(type(opt_state), "report_metrics")
+    is_moments = any(inexact) and not reports_metrics(opt_state)
     return change(opt_state) if is_moments else opt_state
 
 

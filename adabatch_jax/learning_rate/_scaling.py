@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax._tree import cast_like, widen
+from adabatch_jax._tree import scale
 from adabatch_jax.curvature import inverse_effective_batch_size
+from adabatch_jax.learning_rate._examples import batch_sizes
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
@@ -146,8 +147,9 @@ def scale_by_batch_size(
 
     Source: see the rules.
     """
-    _validate.positive("scale_by_batch_size", base_batch_size=base_batch_size)
-    _validate.function("scale_by_batch_size", rule=rule)
+    where = "scale_by_batch_size"
+    _validate.positive(where, base_batch_size=base_batch_size)
+    _validate.function(where, rule=rule)
     default_base = base_batch_size
 
     def init(params: PyTree) -> ScaleByBatchSizeState:
@@ -166,31 +168,8 @@ def scale_by_batch_size(
     ) -> tuple[PyTree, ScaleByBatchSizeState]:
         del state, params, extra_args
         given = default_base if base_batch_size is None else base_batch_size
-        size, base = batch_sizes("scale_by_batch_size", given, noise, batch_size)
+        size, base = batch_sizes(where, given, noise, batch_size)
         factor = jnp.asarray(rule(size, base)).astype(jnp.float32)
-        return times(updates, factor), ScaleByBatchSizeState(factor)
+        return scale(updates, factor), ScaleByBatchSizeState(factor)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def times(updates: PyTree, factor: jax.Array) -> PyTree:
-    """`updates` times a float32 number, rounded once: float16 would make 1e-8 zero and 1e5 infinite."""
-    wide = jax.tree.map(lambda u: u * factor.astype(u.dtype), widen(updates))
-    return cast_like(wide, updates)
-
-
-def batch_sizes(
-    where: str, base_batch_size: Any, noise: GradientNoise | None, batch_size: Any
-) -> tuple[jax.Array, jax.Array]:
-    """What a rule is given: the batch behind the gradient, at least 1, and the base; float32.
-
-    A batch size that is not finite says nothing, and counts as the base.
-    """
-    if noise is None and batch_size is None:
-        raise ValueError(
-            f"{where} needs the batch size: pass noise=noise (from value_and_grad_noise) or "
-            "batch_size= to optimizer.update"
-        )
-    size = noise.num_examples if batch_size is None and noise is not None else batch_size
-    size, base = (jnp.asarray(x).astype(jnp.float32) for x in (size, base_batch_size))
-    return jnp.where(jnp.isfinite(size), jnp.maximum(size, 1.0), base), base

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax.learning_rate._scaling import times
+from adabatch_jax._clock import advance, as_float, zero_clock
+from adabatch_jax._tree import scale
+from adabatch_jax.learning_rate._examples import examples_behind
 from adabatch_jax.noise import GradientNoise
-from adabatch_jax.noise._clock import advance, as_float, zero_clock
 
 PyTree = Any
 
@@ -67,8 +68,9 @@ def scale_by_example_schedule(
 
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215, experiments: schedules and budgets in examples.
     """
+    where = "scale_by_example_schedule"
     if not callable(schedule):
-        _validate.between("scale_by_example_schedule", 0.0, float("inf"), schedule=schedule)
+        _validate.between(where, 0.0, float("inf"), schedule=schedule)
     sign = -1.0 if flip_sign else 1.0
 
     def rate_at(clock: jax.Array) -> jax.Array:
@@ -90,16 +92,10 @@ def scale_by_example_schedule(
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByExampleScheduleState]:
         del params, extra_args
-        if noise is None and num_examples is None:
-            raise ValueError(
-                "scale_by_example_schedule counts examples: pass noise=noise (from "
-                "value_and_grad_noise) or num_examples= to optimizer.update"
-            )
-        if num_examples is None and noise is not None:
-            num_examples = noise.num_examples
+        examples = examples_behind(f"{where} counts examples", noise, "num_examples", num_examples)
         rate = rate_at(state.schedule_clock)
-        return times(updates, sign * rate), ScaleByExampleScheduleState(
-            rate, advance(state.schedule_clock, num_examples)
+        return scale(updates, sign * rate), ScaleByExampleScheduleState(
+            rate, advance(state.schedule_clock, examples)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

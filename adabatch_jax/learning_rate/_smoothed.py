@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from adabatch_jax._clock import as_int
 from adabatch_jax.learning_rate._autowu_state import ScaleByAutowuState, WarmupEnd, find_schedule
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import RbfFit, rbf_smoother
-from adabatch_jax.noise._clock import as_int
 
 PyTree = Any
 Floats = npt.NDArray[np.float64]

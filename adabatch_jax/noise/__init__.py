@@ -69,6 +69,9 @@ counts it.
 With `adaptive_multi_steps` divide the gradient of each micro-batch by the scale and hand in the loss as
 it is: one that overflows is skipped and counted. A coordinate scatter is unscaled as the scatter is. The
 inner products want a forward pass along the scaled gradient, which float16 cannot hold: not with a scale.
+
+For other rooms: what `adaptive_multi_steps` needs to merge noise itself (`join_noise`, `blend`,
+`squared_gaps`, `pool_noise` over devices, `unless_measured` and its mark `UNMEASURED`).
 """
 
 from adabatch_jax.noise._estimate import value_and_grad_noise
@@ -86,3 +89,11 @@ __all__ = [
     "value_and_grad_noise",
     "value_and_grad_signs",
 ]
+
+# For other rooms: no part of the public interface.
+from adabatch_jax.noise._gradient_noise import UNMEASURED as UNMEASURED
+from adabatch_jax.noise._gradient_noise import blend as blend
+from adabatch_jax.noise._gradient_noise import join_noise as join_noise
+from adabatch_jax.noise._gradient_noise import pool_noise as pool_noise
+from adabatch_jax.noise._gradient_noise import squared_gaps as squared_gaps
+from adabatch_jax.noise._gradient_noise import unless_measured as unless_measured

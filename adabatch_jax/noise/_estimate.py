@@ -156,12 +156,12 @@ def value_and_grad_noise(
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (tests); Chan, Golub, LeVeque (1983)
     (accumulation).
     """
-    name = "value_and_grad_noise"
-    _validate.positive_int(name, vectorize=vectorize)
+    where = "value_and_grad_noise"
+    _validate.positive_int(where, vectorize=vectorize)
     if lanes and vectorize != 1:
-        raise ValueError(f"{name}: lanes=True already runs its lanes at once, got {vectorize=}")
-    check_bools(name, "sum_aux", sum_aux)
-    check_bools(name, "trained", trained)
+        raise ValueError(f"{where}: lanes=True already runs its lanes at once, got {vectorize=}")
+    check_bools(where, "sum_aux", sum_aux)
+    check_bools(where, "trained", trained)
     return estimator(
         loss_fn,
         has_aux=has_aux,

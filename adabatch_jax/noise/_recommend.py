@@ -93,16 +93,16 @@ def recommend_estimator(
 
     Source: ours; the degrees of freedom are those of `value_and_grad_noise` and `value_and_grad_signs`.
     """
-    name = "recommend_estimator"
+    where = "recommend_estimator"
     _validate.positive_int(
-        name, batch_size=batch_size, accumulation_steps=accumulation_steps, num_devices=num_devices
+        where, batch_size=batch_size, accumulation_steps=accumulation_steps, num_devices=num_devices
     )
-    _validate.positive(name, relative_standard_error=relative_standard_error)
-    _validate.between(name, 0.0, float("inf"), group_overhead=group_overhead)
+    _validate.positive(where, relative_standard_error=relative_standard_error)
+    _validate.between(where, 0.0, float("inf"), group_overhead=group_overhead)
     batches = int(accumulation_steps) * int(num_devices)
     if batch_size % batches:
         raise ValueError(
-            f"{name}: batch_size={batch_size} is not divisible by accumulation_steps * num_devices "
+            f"{where}: batch_size={batch_size} is not divisible by accumulation_steps * num_devices "
             f"= {batches}"
         )
     size = int(batch_size) // batches

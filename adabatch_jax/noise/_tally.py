@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from adabatch_jax._axes import (
     checked_axes,
     explicit_spec,
     reshard,
     reshard_like,
+    shared_axis,
     to_varying,
-    varying_axes,
 )
 from adabatch_jax._tree import align, widen
 from adabatch_jax.noise._gradient_noise import GradientNoise, blend, join_noise, pool_noise
@@ -36,10 +37,10 @@ class Tally(NamedTuple):
 def prepare(where: str, params: PyTree, groups: PyTree, axes: tuple[str, ...]) -> PyTree:
     """Casts the parameters to vary over the device axes, so that their gradients stay apart."""
     checked = checked_axes(axes)
-    same = sorted(checked - varying_axes(groups))
-    if same:
+    same = shared_axis(groups, checked)
+    if same is not None:
         raise ValueError(
-            f"{where}: groups is the same on all devices of axis {same[0]!r}: each "
+            f"{where}: groups is the same on all devices of axis {same!r}: each "
             "device needs its own examples (shard the batch in in_specs)"
         )
     return to_varying(params, checked)
@@ -59,7 +60,7 @@ def merge(measure: Any, a: Tally, b: Tally) -> Tally:
     n_a, n_b = (t.noise.num_examples.astype(jnp.float32) for t in (a, b))
     value, averaged = blend(n_a, (a.value, a.averaged), n_b, (b.value, b.averaged))
     summed = jax.tree.map(lambda x, y: x + kept(n_b > 0, y), a.summed, b.summed)
-    taken = jax.tree.map(lambda x, y: jnp.where(n_a > 0, x, y), a.taken, b.taken)
+    taken = optax.tree.where(n_a > 0, a.taken, b.taken)
     return Tally(join_noise(a.noise, b.noise, measure), value, averaged, summed, taken)
 
 

@@ -7,6 +7,9 @@
 * `adamp` (its direction: `scale_by_adamp`) is Adam without the radial part of the step where a
   parameter's length means nothing.
 * `scale_by_batch_adam` is Adam whose averages remember examples: they follow the batch size.
+
+For other rooms: `adagrad_direction`, the direction of `adadagrad`, and the numbers of `automatic`: `ETA`,
+`BATCH_SIZE_OPTIONS`, `WARMUP`, `LEAST_STEPS`.
 """
 
 from adabatch_jax.optimizers._adadagrad import adadagrad, adadagrad_norm
@@ -24,3 +27,10 @@ __all__ = [
     "scale_by_adamp",
     "scale_by_batch_adam",
 ]
+
+# For other rooms: no part of the public interface.
+from adabatch_jax.optimizers._adadagrad import adagrad_direction as adagrad_direction
+from adabatch_jax.optimizers._automatic import BATCH_SIZE_OPTIONS as BATCH_SIZE_OPTIONS
+from adabatch_jax.optimizers._automatic import ETA as ETA
+from adabatch_jax.optimizers._automatic import LEAST_STEPS as LEAST_STEPS
+from adabatch_jax.optimizers._automatic import WARMUP as WARMUP

@@ -71,15 +71,16 @@ def adadagrad(
 
     Source: Lau, Liu, Kolar (2024), arXiv 2402.11215 (AdAdaGrad); AdaGrad: Duchi, Hazan, Singer (2011).
     """
+    where = "adadagrad"
     _validate.between(
-        "adadagrad",
+        where,
         0.0,
         float("inf"),
         initial_accumulator_value=initial_accumulator_value,
         eps=eps,
     )
     return _recipe(
-        "adadagrad",
+        where,
         adagrad_direction(initial_accumulator_value, eps),
         learning_rate,
         criterion,
@@ -167,7 +168,7 @@ def adagrad_direction(initial_accumulator_value: Any, eps: Any) -> optax.Gradien
 
 
 def _recipe(
-    name: str,
+    where: str,
     direction: optax.GradientTransformation,
     learning_rate: Any,
     criterion: Any,
@@ -177,16 +178,14 @@ def _recipe(
     batch_size_options: dict[str, Any],
 ) -> optax.GradientTransformationExtraArgs:
     """controller → direction → scaling → learning rate: the order of every recipe."""
-    # optax.inject_hyperparams hands a ** parameter on under its own name.
-    batch_size_options = {**batch_size_options.pop("batch_size_options", {}), **batch_size_options}
     if not callable(learning_rate):
-        _validate.positive(name, learning_rate=learning_rate)
+        _validate.positive(where, learning_rate=learning_rate)
     links = [
         adapt_batch_size(
             criterion,
             initial_batch_size=initial_batch_size,
             max_batch_size=max_batch_size,
-            **batch_size_options,
+            **_validate.keywords("batch_size_options", batch_size_options),
         ),
         direction,
     ]

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax._tree import squared_norm
-from adabatch_jax.learning_rate._scaling import times
+from adabatch_jax._tree import scale, squared_norm
 
 PyTree = Any
 
@@ -52,7 +51,7 @@ def scale_by_adagrad_norm(
     """
     arguments = {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
     _validate.between("scale_by_adagrad_norm", 0.0, float("inf"), **arguments)
-    if all(not isinstance(x, jax.Array | jax.core.Tracer) and x == 0 for x in arguments.values()):
+    if _validate.is_static(*arguments.values()) and not any(arguments.values()):
         raise ValueError(
             "scale_by_adagrad_norm: initial_accumulator_value and eps must not both be 0"
         )
@@ -68,6 +67,6 @@ def scale_by_adagrad_norm(
         total = state.sum_of_squared_norms + squared_norm(updates)
         denominator = jnp.sqrt(total) + jnp.asarray(eps).astype(jnp.float32)
         factor = jnp.where(denominator > 0, 1.0 / jnp.where(denominator > 0, denominator, 1.0), 0.0)
-        return times(updates, factor), ScaleByAdagradNormState(total)
+        return scale(updates, factor), ScaleByAdagradNormState(total)
 
     return optax.GradientTransformation(init, update)

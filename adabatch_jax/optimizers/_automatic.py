@@ -13,12 +13,13 @@ import optax
 from adabatch_jax import _validate
 from adabatch_jax.batch_size import Criterion, adapt_batch_size, norm_test
 from adabatch_jax.learning_rate import (
+    Kind,
     WarmupEnd,
+    kind_of,
     return_to_minimum,
     scale_by_batch_size,
     scale_by_improved_autowu,
 )
-from adabatch_jax.learning_rate._kind import Kind, kind_of
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
@@ -126,8 +127,7 @@ def automatic(
     of Granziol et al. (arXiv 2006.09092); how they are coupled is ours.
     """
     _validate.positive_int("automatic", total_examples=total_examples)
-    # optax.inject_hyperparams hands a ** parameter on under its own name.
-    batch_size_options = {**batch_size_options.pop("batch_size_options", {}), **batch_size_options}
+    batch_size_options = _validate.keywords("batch_size_options", batch_size_options)
     controller = adapt_batch_size(
         norm_test(ETA) if criterion is None else criterion,
         initial_batch_size=initial_batch_size,

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax.learning_rate import scaled_beta, scaled_eps
-from adabatch_jax.learning_rate._follow import share_of_new
-from adabatch_jax.learning_rate._scaling import ScalingRule, batch_sizes
+from adabatch_jax.learning_rate import (
+    ScalingRule,
+    batch_sizes,
+    scaled_beta,
+    scaled_eps,
+    share_of_new,
+)
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from adabatch_jax.optimizers._automatic import BATCH_SIZE_OPTIONS, ETA
+from adabatch_jax.optimizers import BATCH_SIZE_OPTIONS, ETA
 from adabatch_jax.training._config_check import check_config, check_order
 from adabatch_jax.training._options import (
     CRITERIA_WITH,

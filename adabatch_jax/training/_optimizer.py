@@ -10,7 +10,7 @@ from typing import Any
 import optax
 
 import adabatch_jax as adabatch
-from adabatch_jax.optimizers._adadagrad import adagrad_direction
+from adabatch_jax.optimizers import adagrad_direction
 from adabatch_jax.training._config import TrainConfig
 
 WITHOUT_MOMENTUM = ("adadagrad", "adadagrad-norm", "sgd")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from adabatch_jax.learning_rate import _autowu_plan
-from adabatch_jax.optimizers._automatic import LEAST_STEPS, WARMUP
+from adabatch_jax.learning_rate import LEAST_WARMUP_STEPS
+from adabatch_jax.optimizers import LEAST_STEPS, WARMUP
 
 IMAGES = ("digits", "mnist", "fashion-mnist")
 DATASETS = (*IMAGES, "text")
@@ -56,8 +56,8 @@ CRITERIA_WITH = {  # thresholds that not every criterion has
 # The part of a run that may go into finding its rate, and how many steps of the first batch it takes.
 WARMUPS = {
     "auto": (WARMUP, LEAST_STEPS),
-    "autowu": (0.5, _autowu_plan.LEAST_STEPS),
-    "autowu-improved": (0.2, _autowu_plan.LEAST_STEPS),
+    "autowu": (0.5, LEAST_WARMUP_STEPS),
+    "autowu-improved": (0.2, LEAST_WARMUP_STEPS),
 }
 
 

@@ -63,7 +63,7 @@ import numpy as np
 from automatic_verdict_runs import Task, constant, keep_compiled, run
 from common import run_all, save_table
 
-from adabatch_jax.learning_rate._kind import Kind, kind_of
+from adabatch_jax.learning_rate import Kind, kind_of
 from adabatch_jax.optimizers import _automatic
 
 TASK = Task("fashion-mlp", "fashion-mnist", "mlp", 5, ("adam", "momentum", "adadagrad", "lamb"))

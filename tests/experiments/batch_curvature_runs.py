@@ -15,7 +15,7 @@ from common import cross_entropy, data
 from jax.flatten_util import ravel_pytree
 
 import adabatch_jax as adabatch
-from adabatch_jax.curvature._spectrum import lanczos, random_unit
+from adabatch_jax.curvature import lanczos, random_unit
 from adabatch_jax.training import Feed
 from adabatch_jax.training.models import CNN, MLP
 

@@ -14,7 +14,7 @@ import optax
 from common import cross_entropy, data
 
 import adabatch_jax as adabatch
-from adabatch_jax.curvature._spectrum import lanczos, random_unit
+from adabatch_jax.curvature import lanczos, random_unit
 from adabatch_jax.training.models import MLP
 
 SEEDS = (0, 1, 2)

@@ -10,7 +10,7 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import AutowuPhase, WarmupEnd
-from adabatch_jax.learning_rate._kind import kind_of
+from adabatch_jax.learning_rate import kind_of
 
 MICRO, FIRST, LARGEST, TOTAL = 4, 32, 512, 40_000
 RNG = np.random.default_rng(0)

@@ -54,14 +54,14 @@ def value_and_grad_structured(
     Source: Goodfellow (2015), arXiv 1510.01799; Li et al. (2021), arXiv 2110.05679; Rochette et al. (2019),
     arXiv 1912.06015.
     """
-    name = "value_and_grad_structured"
+    where = "value_and_grad_structured"
     if vectorize is not None:
-        _validate.positive_int(name, vectorize=vectorize)
+        _validate.positive_int(where, vectorize=vectorize)
     measured = estimator(loss_fn, vectorize=vectorize, lanes=False, together=batch_tally, **options)
 
     def fn(params: PyTree, groups: PyTree, *args: Any, **given: Any) -> Any:
-        groups = to_arrays(name, "groups", groups)
-        check_single_examples(take_apart(name, params, options.get("trained")).trained, groups)
+        groups = to_arrays(where, "groups", groups)
+        check_single_examples(take_apart(where, params, options.get("trained")).trained, groups)
         return measured(params, groups, *args, **given)
 
     return fn

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adabatch_jax as adabatch
-from adabatch_jax._tree import squared_norm
+from adabatch_jax._tree import dot, squared_norm
 from adabatch_jax.curvature import Spectrum
 from adabatch_jax.training.data import Dataset
 from adabatch_jax.training.models import Apply, losses_and_logits
@@ -98,9 +98,8 @@ def compile_measures(config: SpectrumConfig, apply: Apply) -> Compiled:
             )
         spectrum = adabatch.lanczos_spectrum(product, params, key, num_steps=config.steps)
         direction = gradient(params, batch, count)
-        products = jax.tree.map(lambda a, b: jnp.sum(a * b), direction, hessian(direction))
         square = squared_norm(direction)
-        along = sum(jax.tree.leaves(products)) / jnp.where(square > 0, square, 1.0)
+        along = dot(direction, hessian(direction)) / jnp.where(square > 0, square, 1.0)
         return spectrum, along
 
     @jax.jit

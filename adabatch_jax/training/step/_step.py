@@ -13,6 +13,7 @@ import optax
 import adabatch_jax as adabatch
 from adabatch_jax._dropped import state_after_dropped_step
 from adabatch_jax._tree import trainable
+from adabatch_jax.batch_size import returns_made
 from adabatch_jax.training.models import Apply, losses_and_logits, masked_mean, mean_per_example
 
 PyTree = Any
@@ -96,11 +97,11 @@ def make_update(
             noise.mean, opt_state, params, value=value, noise=noise, **more
         )
         new_params = optax.apply_updates(params, updates)
-        shown, before = adabatch.metrics(new_state), adabatch.metrics(opt_state)
         finite = jnp.isfinite(value) & trainable(noise.squared_norm)
         finite &= jnp.isfinite(noise.scatter) | ~adabatch.needs_noise(opt_state)
-        if "returns_made" in shown:  # a step back to AutoWU's snapshot is made whatever the loss is
-            finite |= shown["returns_made"] > before["returns_made"]
+        returns = returns_made(new_state)
+        if returns is not None:  # a step back to AutoWU's snapshot is made whatever the loss is
+            finite |= returns > returns_made(opt_state)
 
         def keep(new: PyTree, old: PyTree) -> PyTree:
             return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adabatch_jax._validate import is_traced
+
 
 def zero_clock() -> jax.Array:
     """A clock at zero: uint32 [2], high word first."""
@@ -32,7 +34,7 @@ def as_float(clock: jax.Array) -> jax.Array:
 
 def as_int(clock: jax.Array) -> Any:
     """The exact count as a Python int on the host; float32 where the clock is traced."""
-    if isinstance(clock, jax.core.Tracer):
+    if is_traced(clock):
         return as_float(clock)
     high, low = (int(word) for word in jax.device_get(clock))
     return high * 2**32 + low

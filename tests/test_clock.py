@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 
-from adabatch_jax.noise._clock import advance, as_float, as_int, zero_clock
+from adabatch_jax._clock import advance, as_float, as_int, zero_clock
 
 SETTINGS = settings(max_examples=100)
 advance_jit, as_float_jit = jax.jit(advance), jax.jit(as_float)
