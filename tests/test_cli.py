@@ -90,7 +90,9 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
     assert output.out == ""
 
 
+@pytest.mark.slow
 def test_a_rate_that_was_found_is_told(tmp_path, capsys):
+    """Slow: a whole run with a Gaussian process in its step."""
     arguments = ["--schedule", "autowu-improved", "--criterion", "none", "--model", "logistic"]
     assert main(["train", *arguments, "--epochs", "2", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
@@ -247,7 +249,9 @@ def test_data_that_cannot_be_learned_are_refused_before_a_file_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_text_is_learned(tmp_path, capsys):
+    """Slow: a whole run of a transformer."""
     words = "the quick brown fox jumps over the lazy dog "
     (tmp_path / "text").write_text(words * 400)
     arguments = ["--dataset", "text", "--data-file", str(tmp_path / "text"), "--epochs", "4"]

@@ -21,9 +21,26 @@ from tests.learning_rate.losses import BOWL, FALLING, T
 RNG = np.random.default_rng(0)
 
 
+def as_they_are():
+    """A smoother that does not smooth: the schedule is tested on it, and a program compiles at once."""
+
+    def test(state, x, y, count, *_):
+        lowest = jnp.argmin(jnp.where(jnp.arange(y.size) < count, y, jnp.inf))
+        past = (y[count - 1] > y[lowest]).astype(jnp.float32)
+        return state, Draws(past[None], x[lowest][None], x[lowest][None])
+
+    return _autowu.rbf_smoother()._replace(test=test)
+
+
+@pytest.fixture(autouse=True)
+def _smoother_for_tests(monkeypatch):
+    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", as_they_are)
+
+
 @functools.cache  # equal options, the same link, hence the same compiled program
 def schedule(**options):
-    return adabatch.scale_by_autowu(**({"total_steps": T, "steps_per_test": 5} | options))
+    given = {"total_steps": T, "steps_per_test": 5, "smoother": "as they are"} | options
+    return adabatch.scale_by_autowu(**given)
 
 
 @functools.cache
@@ -119,7 +136,7 @@ def test_the_peak_may_lie_above_or_below_the_rate_at_the_minimum():
     """But not above the last rate tried."""
 
     def last(factor):
-        options = dict(smoother="quasisep", patience=2, peak_factor=factor)
+        options = dict(patience=2, peak_factor=factor)
         link = schedule.__wrapped__(**options)
         step = lambda s, v: (link.update({}, s, value=v)[1], None)  # noqa: E731
         return jax.lax.scan(step, link.init({}), jnp.float32(BOWL))[0]
@@ -136,7 +153,7 @@ def test_the_peak_is_at_the_minimum_or_at_the_earliest_rate_as_good(monkeypatch)
         seen = Draws(jnp.ones(1), location=jnp.full(1, 0.8), earliest=jnp.full(1, 0.5))
         return _autowu.rbf_smoother()._replace(test=lambda state, *_: (state, seen))
 
-    monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", known)
+    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", known)
     for peak_at, place in [("minimum", 0.8), ("earliest", 0.5)]:
         _, states = run(schedule.__wrapped__(patience=1, peak_at=peak_at), BOWL)
         last = float(states.autowu_learning_rate[4])  # of the first five steps, then comes the test
@@ -151,7 +168,7 @@ def test_where_nothing_has_fallen_for_sure_the_lowest_point_is_the_best_guess(mo
         seen = Draws(jnp.ones(1), location=jnp.full(1, 0.8), earliest=jnp.full(1, 0.01))
         return _autowu.rbf_smoother()._replace(test=lambda state, *_: (state, seen))
 
-    monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", known)
+    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", known)
     _, states = run(schedule.__wrapped__(patience=1, peak_at="earliest"), BOWL)
     last = float(states.autowu_learning_rate[4])
     np.testing.assert_allclose(
@@ -168,15 +185,19 @@ def test_a_confirmed_rate_is_the_lower_of_the_last_two_tests(monkeypatch, first,
         return state, Draws(jnp.ones(1), jnp.full(1, 0.9), earliest[None])
 
     known = lambda: _autowu.rbf_smoother()._replace(test=test)  # noqa: E731
-    monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", known)
+    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", known)
     _, states = run(schedule.__wrapped__(patience=2, peak_at="confirmed"), BOWL)
     last = float(states.autowu_learning_rate[step])
     np.testing.assert_allclose(states.peak_learning_rate[-1], 1e-5 * (last / 1e-5) ** place, 1e-4)
     assert states.report_metrics()["peak_learning_rate"][4] == 0  # not decided yet
 
 
+@pytest.mark.slow
 def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
-    """A plateau of 32 noisy losses, a fall, a rise: 24 runs, at most one of which may end early."""
+    """A plateau of 32 noisy losses, a fall, a rise: 24 runs, at most one of which may end early.
+
+    Slow: 24 runs, each with five tests of a Gaussian process.
+    """
     w = 70
     part = np.arange(w) / w
     fall = np.sin(0.5 * np.pi * np.clip((part - 0.45) / 0.35, 0, 1)) ** 2
@@ -203,7 +224,7 @@ def test_the_preset_goes_as_far_beyond_as_suits_the_direction(monkeypatch):
 
 @pytest.mark.parametrize("cooldown", [None, 0.2])
 def test_after_the_warm_up_the_rate_may_rise_once_more(cooldown):
-    common = dict(smoother="quasisep", patience=2, cooldown_fraction=cooldown)
+    common = dict(patience=2, cooldown_fraction=cooldown)
     _, plain = run(schedule(**common), BOWL)
     _, ramped = run(schedule(ramp_fraction=0.5, **common), BOWL)
     end = int(plain.peak_position[-1])
@@ -215,8 +236,8 @@ def test_after_the_warm_up_the_rate_may_rise_once_more(cooldown):
 
 def test_at_the_limit_it_may_go_back_too():
     """With more patience than there are tests."""
-    _, last = run(schedule(smoother="quasisep", patience=9), BOWL)
-    _, back = run(schedule(smoother="quasisep", patience=9, at_limit="minimum"), BOWL)
+    _, last = run(schedule(patience=9), BOWL)
+    _, back = run(schedule(patience=9, at_limit="minimum"), BOWL)
     assert int(last.warmup_end[-1]) == int(back.warmup_end[-1]) == WarmupEnd.AT_LIMIT
     np.testing.assert_allclose(last.peak_learning_rate[-1], rise(30)[-1], rtol=1e-4)
     assert rise(30)[11] < float(back.peak_learning_rate[-1]) < rise(30)[17]
@@ -228,6 +249,7 @@ def test_at_the_limit_it_may_go_back_too():
 def test_with_a_constant_batch_examples_and_steps_are_one_clock(steps, per_test, fraction):
     b, losses = 96, BOWL[:steps] if steps <= T else np.append(BOWL, 6.0)
     common = dict(max_warmup_fraction=fraction, cooldown_fraction=0.2, patience=2)
+    common |= dict(smoother="as they are")
     by_steps = adabatch.scale_by_autowu(total_steps=steps, steps_per_test=per_test, **common)
     by_examples = adabatch.scale_by_autowu(
         total_examples=b * steps, examples_per_test=b * per_test, **common
@@ -237,7 +259,9 @@ def test_with_a_constant_batch_examples_and_steps_are_one_clock(steps, per_test,
 
 
 def test_a_growing_batch_moves_on_by_its_examples():
-    link = adabatch.scale_by_autowu(total_examples=6000, examples_per_test=500)
+    link = adabatch.scale_by_autowu(
+        total_examples=6000, examples_per_test=500, smoother="as they are"
+    )
     sizes = np.array([100] * 10 + [400] * 5, np.int32)
     got = rates(link, FALLING[:15], num_examples=sizes)
     position = np.cumsum(sizes) - sizes
@@ -246,13 +270,15 @@ def test_a_growing_batch_moves_on_by_its_examples():
 
 def test_examples_do_not_wrap():
     total = 2**36
-    link = adabatch.scale_by_autowu(total_examples=total, examples_per_test=2**30)
+    link = adabatch.scale_by_autowu(
+        total_examples=total, examples_per_test=2**30, smoother="as they are"
+    )
     got = rates(link, FALLING, num_examples=np.full(T, 2**30, np.int32))
     np.testing.assert_allclose(got[:32], 1e-5 * (1e5) ** (np.arange(32) / 32), rtol=1e-3)
 
 
 def test_without_a_finite_loss_the_warm_up_ends_at_its_limit_and_says_so():
-    for options in ({}, {"smoother": "quasisep", "watch_divergence": True, "at_limit": "minimum"}):
+    for options in ({}, {"watch_divergence": True, "at_limit": "minimum"}):
         link = schedule(**options)
         _, states = run(link, np.full(T, np.nan))
         last = jax.tree.map(lambda x: x[-1], states)
@@ -266,13 +292,13 @@ def test_without_a_finite_loss_the_warm_up_ends_at_its_limit_and_says_so():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e9])
 def test_a_divergence_ends_the_warm_up_at_once(bad):
     losses = np.where(np.arange(T) < 18, 3.0 - 0.1 * np.arange(T), bad)
-    _, states = run(schedule(smoother="quasisep", watch_divergence=True, patience=9), losses)
+    _, states = run(schedule(watch_divergence=True, patience=9), losses)
     assert int(states.warmup_end[-1]) == WarmupEnd.DIVERGED
     assert int(states.peak_position[-1]) == 20  # at the second
     assert bool(states.minimum_found[-1])
     assert rise(30)[12] < float(states.peak_learning_rate[19]) < rise(30)[18]
     assert np.max(states.loss_history.losses[-1]) < 5.0  # higher would be taken for noise
-    _, states = run(schedule(smoother="quasisep", patience=9), losses)
+    _, states = run(schedule(patience=9), losses)
     assert int(states.warmup_end[-1]) == WarmupEnd.AT_LIMIT and not bool(states.minimum_found[-1])
 
 
@@ -280,7 +306,7 @@ def test_a_divergence_ends_the_warm_up_at_once(bad):
 @pytest.mark.parametrize("at", [3, 17, 40])
 def test_one_bad_loss_is_left_out(at, bad):
     """During the warm-up and after it; among the first eight it cannot be seen, and does no harm."""
-    link = schedule(smoother="quasisep", watch_divergence=True, patience=9)
+    link = schedule(watch_divergence=True, patience=9)
     losses = 3.0 - 2.0 * np.arange(T) / T + 0.05 * np.random.default_rng(0).normal(size=T)
     _, clean = run(link, losses)
     _, states = run(link, np.where(np.arange(T) == at, bad, losses))
@@ -325,7 +351,7 @@ def test_noise_is_no_setback_and_an_explosion_is():
 
 def test_a_setback_after_the_warm_up_halves_the_rate_and_there_is_a_limit():
     losses = np.where(np.arange(T) < 40, FALLING, 2.9)
-    link = schedule(smoother="quasisep", watch_divergence=True)
+    link = schedule(watch_divergence=True)
     _, states = run(link, losses)
     assert int(states.setbacks[-1]) == 1
     peaks = np.asarray(states.peak_learning_rate)
@@ -336,7 +362,9 @@ def test_a_setback_after_the_warm_up_halves_the_rate_and_there_is_a_limit():
     np.testing.assert_allclose(peaks[-1], 0.5**_autowu.MAX_SETBACKS * peaks[33])
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_draws():
+    """Slow: three programs, each with a dense Gaussian process on 1,400 losses."""
     n, rng = 1400, np.random.default_rng(1)
     losses = 2.0 + np.cos(np.linspace(0, 3, n)) + 0.3 * rng.normal(size=n)
     options = dict(total_steps=2 * n, steps_per_test=n // 2 - 50)
@@ -386,7 +414,9 @@ def test_the_test_runs_when_it_is_due_and_at_most_once_per_optimizer_step(monkey
     assert int(inner.warmup_end) == WarmupEnd.AT_LIMIT
 
 
+@pytest.mark.slow
 def test_after_the_warm_up_a_program_without_the_test_goes_on_with_the_same_numbers():
+    """Slow: two programs, one with a Gaussian process, and both again to compare their size."""
     options = dict(steps_per_test=2, smoother="quasisep", watch_divergence=True)
     losses = np.concatenate([BOWL[:40], np.full(T - 40, 9.0)]).astype(np.float32)
     link, later = schedule(**options), schedule(**options, warmup_over=True)
@@ -413,13 +443,15 @@ def test_a_factorisation_that_fails_is_a_no_and_is_counted(monkeypatch):
 
         return plain._replace(test=test)
 
-    monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", failing)
+    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", failing)
     _, states = run(schedule.__wrapped__(patience=1), BOWL)
     assert int(states.warmup_end[-1]) == WarmupEnd.AT_LIMIT
     assert int(states.failed_draws[-1]) == 3 * int(states.tests_made[-1]) == 15
 
 
+@pytest.mark.slow
 def test_the_state_goes_on_after_a_trip_through_numpy():
+    """Slow: a program with a Gaussian process, called step by step."""
     link = schedule(smoother="quasisep", watch_divergence=True)
     step = jax.jit(lambda s, v: link.update({}, s, value=v)[1])
     straight = stopped = link.init({})
@@ -449,7 +481,7 @@ def test_a_loss_is_one_number():
 
 
 def test_narrow_losses_are_followed_in_float32():
-    link = schedule(smoother="quasisep", watch_divergence=True)
+    link = schedule(watch_divergence=True)
     for dtype in (jnp.bfloat16, jnp.float16):
         state = link.update({}, link.init({}), value=jnp.asarray(2.3, dtype))[1]
         floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -458,7 +490,7 @@ def test_narrow_losses_are_followed_in_float32():
 
 def test_a_run_can_be_differentiated_through():
     """Its decisions are steps, so that what it does to a parameter is to multiply it."""
-    link = schedule(smoother="quasisep", total_steps=20, steps_per_test=4, max_learning_rate=0.5)
+    link = schedule(total_steps=20, steps_per_test=4, max_learning_rate=0.5)
 
     def end(start):
         def step(carry, _):

@@ -37,7 +37,10 @@ from adabatch_jax import BatchSizeStatus
 from adabatch_jax.training import TrainConfig, build_optimizer, load_dataset, make_step, run_steps
 
 CLASSES, FEATURES, GROUPS, SIZE = 3, 4, 8, 4
-DIRECTIONS = ["adadagrad", "adadagrad-norm", "adam", "adamp", "lamb"]
+DIRECTIONS = [  # that of the default run; the others are compiled with the slow tests
+    "adadagrad",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("adadagrad-norm", "adam", "adamp", "lamb")),
+]
 
 
 def apply(params, inputs):
@@ -225,8 +228,8 @@ def small(number):
 @pytest.mark.parametrize(
     ("number", "first", "largest", "epochs"),
     [
-        pytest.param(101, 64, 96, 3, id="batches across epochs"),
-        pytest.param(101, 150, 256, 2, id="batch larger than the data"),
+        pytest.param(101, 64, 96, 3, id="batches across epochs", marks=pytest.mark.slow),
+        pytest.param(101, 150, 256, 2, id="batch larger than the data", marks=pytest.mark.slow),
         pytest.param(101, 300, 512, 2, id="batch larger than the budget"),
         pytest.param(103, 17, 17, 1, id="one example left over"),
     ],

@@ -135,9 +135,13 @@ def test_an_automatic_run_finds_its_rate_and_then_grows_its_batch(automatic):
     assert first == np.float32(1e-5) and last < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps_per_call", "traces"), [(1, 1), (8, 2)])
 def test_one_program_holds_the_gaussian_process(digits, monkeypatch, steps_per_call, traces):
-    """The update's; or the chunk of the first batch, which traces its step twice, for the shapes."""
+    """The update's; or the chunk of the first batch, which traces its step twice, for the shapes.
+
+    Slow: whole runs with a Gaussian process in their step.
+    """
     traced, plain = [], _autowu.decide
     monkeypatch.setattr(_autowu, "decide", lambda *given: traced.append(1) or plain(*given))
     options = dict(model="logistic", epochs=5, max_batch_size=64, steps_per_call=steps_per_call)
@@ -152,8 +156,10 @@ def test_its_picture_and_summary_are_written(automatic):
     assert (out / "run.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["autowu", "autowu-improved"])
 def test_a_schedule_that_finds_its_rate_drives_a_run(digits, schedule):
+    """Slow: whole runs with a Gaussian process in their step."""
     rows = []
     config = TrainConfig(
         schedule=schedule, optimizer="adam", model="logistic", epochs=4, criterion="none"
@@ -167,7 +173,7 @@ def test_a_schedule_that_finds_its_rate_drives_a_run(digits, schedule):
 CURVATURE = {"model": "logistic", "epochs": 2, "max_batch_size": 64, "curvature_examples": 67}
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("schedule", ["cosine", pytest.param("constant", marks=pytest.mark.slow)])
 def test_the_learner_drives_a_run(digits, tmp_path, schedule):
     """Its rate is that of gradient descent on the curvature, times the schedule."""
     config = TrainConfig(
@@ -188,8 +194,12 @@ def test_the_learner_drives_a_run(digits, tmp_path, schedule):
         assert rate[-1] < 0.02 * rate[0]
 
 
+@pytest.mark.slow
 def test_a_scaling_that_is_measured_drives_a_run(digits, tmp_path):
-    """Every factor of the learning rate is the rule's, at the transition that the row shows."""
+    """Every factor of the learning rate is the rule's, at the transition that the row shows.
+
+    Slow: a whole run that measures the curvature again and again.
+    """
     config = TrainConfig(
         **CURVATURE,
         optimizer="momentum",

@@ -78,7 +78,9 @@ def test_a_run_that_has_ended_ends_again(whole, copied):
     assert rows(copied) == rows(whole[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_between_two_steps(number, whole, tmp_path, monkeypatch):
     read = _rows.RowReader.__call__
 
@@ -174,7 +176,14 @@ def _damages(state: Path, newest: int):
 
 
 @pytest.mark.parametrize(
-    "kind", ["flipped", "cut", "gone", "no description", "half a description", "another number"]
+    "kind",
+    [
+        *("flipped", "no description"),  # of the arrays, and of what is said about them
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("cut", "gone", "half a description", "another number")
+        ),
+    ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(kind, whole, copied, capfd):
     old, newest = steps(copied)

@@ -171,7 +171,9 @@ def test_models_of_text_and_of_images_are_told_apart(text):
             classifier(name, text, 0)
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_an_adaptive_batch_lower_the_loss_on_a_text(text, built):
+    """Slow: a run of a transformer."""
     params, apply = built
     evaluate = make_evaluation(apply)
     test = jnp.asarray(text.test_inputs[:200]), jnp.asarray(text.test_labels[:200])

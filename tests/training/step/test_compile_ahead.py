@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from adabatch_jax.training import TrainConfig, build_optimizer, make_step
 from adabatch_jax.training.data import Rung
@@ -33,7 +34,9 @@ def batch(rung):
     return indices, np.full(groups, size, np.int32), np.int32(groups)
 
 
+@pytest.mark.slow
 def test_the_rungs_share_one_update_and_end_where_the_whole_step_does():
+    """Slow: every rung is compiled twice."""
     steps = CompiledSteps(lambda rung: make_gradient(apply), make_update(apply, OPTIMIZER))
     whole = jax.jit(make_step(apply, OPTIMIZER))
     ours, theirs = first_state(), first_state()

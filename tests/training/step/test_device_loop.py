@@ -49,7 +49,13 @@ CONFIGS = {
     jax.default_backend() != "cpu",
     reason="promised for CPUs: on an H200 the two programs' losses were 2e-7 apart after 20 steps",
 )
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",  # one is quick; the others show the same with rungs and lags in the way of it
+    [
+        pytest.param(name, marks=[] if name == "batch fixed" else pytest.mark.slow)
+        for name in CONFIGS
+    ],
+)
 def test_the_run_is_the_same_to_the_last_bit(digits, name):
     config = dict(model="logistic", epochs=2, **CONFIGS[name])
     one = made(TrainConfig(**config), digits)
@@ -59,14 +65,18 @@ def test_the_run_is_the_same_to_the_last_bit(digits, name):
     assert (len(sizes) > 3) == ("criterion" not in config)
 
 
+@pytest.mark.slow
 def test_a_batch_may_be_larger_than_the_data(digits):
+    """Slow: two runs, one of them with a loop on the device for every rung."""
     config = dict(model="logistic", epochs=10, initial_batch_size=64, max_batch_size=128)
     small = few(digits, 60)
     one = made(TrainConfig(**config), small)
     assert_same(one, made(TrainConfig(**config, steps_per_call=9), small))
 
 
+@pytest.mark.slow
 def test_calls_are_as_few_as_the_rungs_the_epochs_and_the_room_allow(digits):
+    """Slow: two runs, one of them with a loop on the device for every rung."""
     calls = []
     config = TrainConfig(model="logistic", epochs=2, max_batch_size=64, steps_per_call=1000)
     _, rows, run = made(config, digits, lambda number, now: calls.append(number))
@@ -77,7 +87,9 @@ def test_calls_are_as_few_as_the_rungs_the_epochs_and_the_room_allow(digits):
     assert np.diff(calls[-9:]).max() == 10
 
 
+@pytest.mark.slow
 def test_checkpoints_fall_on_their_steps_and_a_run_goes_on_from_them(digits):
+    """Slow: two runs with a loop on the device for every rung."""
     config = TrainConfig(
         model="logistic", epochs=1, max_batch_size=64, steps_per_call=7, checkpoint_every=10
     )
@@ -104,7 +116,9 @@ def test_a_run_that_learns_nothing_is_stopped(digits, monkeypatch):
     assert len(rows) == 10
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_row_for_every_step(digits, tmp_path):
+    """Slow: a whole run with a loop on the device for every rung."""
     config = TrainConfig(model="logistic", epochs=2, steps_per_call=50, out=tmp_path)
     result = train(config)
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
