@@ -73,7 +73,7 @@ def test_at_the_limit_the_last_rate_decays():
     expected = rise(30)[-1] * 0.5 * (1 + np.cos(np.pi * (t - 29) / 30))
     np.testing.assert_allclose(states.autowu_learning_rate[30:], expected, rtol=1e-4, atol=1e-7)
     assert int(states.warmup_end[-1]) == WarmupEnd.AT_LIMIT
-    assert int(states.tests_made[-1]) == 5  # at 5, 10, … 25, and none at the limit
+    assert int(states.last_warmup_test.tests_made[-1]) == 5  # at 5, 10, … 25, and none at the limit
     assert states.autowu_phase.tolist() == [AutowuPhase.WARMUP] * 30 + [AutowuPhase.DECAY] * 30
 
 
@@ -344,8 +344,10 @@ def test_the_seed_decides_the_draws():
         run(adabatch.scale_by_autowu(seed=s, **options), losses)[1] for s in (3, 3, 4)
     )
     chex.assert_trees_all_equal(first, again)
-    assert int(first.tests_made[-1]) == 2
-    assert (first.minimum_probability != other.minimum_probability).any()
+    assert int(first.last_warmup_test.tests_made[-1]) == 2
+    assert (
+        first.last_warmup_test.minimum_probability != other.last_warmup_test.minimum_probability
+    ).any()
 
 
 def counted(monkeypatch):
@@ -382,7 +384,7 @@ def test_the_test_runs_when_it_is_due_and_at_most_once_per_optimizer_step(monkey
         state = step(state, jnp.float32(RNG.normal()), jnp.float32(loss))
     jax.effects_barrier()
     inner = state.inner_opt_state[1]
-    assert len(calls) == int(inner.tests_made) == 14  # of 60 steps in 240 calls
+    assert len(calls) == int(inner.last_warmup_test.tests_made) == 14  # of 60 steps in 240 calls
     assert int(inner.warmup_end) == WarmupEnd.AT_LIMIT
 
 
@@ -416,7 +418,11 @@ def test_a_factorisation_that_fails_is_a_no_and_is_counted(monkeypatch):
     monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", failing)
     _, states = run(schedule.__wrapped__(patience=1), BOWL)
     assert int(states.warmup_end[-1]) == WarmupEnd.AT_LIMIT
-    assert int(states.failed_draws[-1]) == 3 * int(states.tests_made[-1]) == 15
+    assert (
+        int(states.last_warmup_test.failed_draws[-1])
+        == 3 * int(states.last_warmup_test.tests_made[-1])
+        == 15
+    )
 
 
 def test_the_state_goes_on_after_a_trip_through_numpy():
@@ -439,7 +445,10 @@ def test_nothing_that_is_reported_is_nan():
         for loss in np.float32(BOWL):
             shown = adabatch.metrics(state := step(state, loss))
             assert all(np.isfinite(v) for v in shown.values())
-    assert int(state.tests_made) > 0 and int(shown["warmup_end"]) == WarmupEnd.AT_LIMIT
+    assert (
+        int(state.last_warmup_test.tests_made) > 0
+        and int(shown["warmup_end"]) == WarmupEnd.AT_LIMIT
+    )
 
 
 def test_a_loss_is_one_number():

@@ -185,7 +185,7 @@ def test_controller_keys_and_injected_numbers_stay():
     assert adabatch.metrics(state)["num_examples"] == 25 * 8
     assert int(controller.updates_seen) == 25
     assert int(injected.count) == 25 and float(injected.hyperparams["step_size"]) == 0.5
-    assert not np.array_equal(autowu.draw_key, jax.random.PRNGKey(0))
+    assert not np.array_equal(autowu.warmup_memory.draw_key, jax.random.PRNGKey(0))
 
 
 def test_inside_adaptive_multi_steps_it_goes_back_once_per_switch():
