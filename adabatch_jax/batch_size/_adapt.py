@@ -153,8 +153,9 @@ def adapt_batch_size(
         def first() -> Any:
             if not _validate.is_static(initial_batch_size):
                 return jnp.array(initial_batch_size, jnp.int32, copy=True)
-            # While tracing it stays NumPy's: a wrapper can check it against its micro-batch, and the
-            # program does not hold an array that the device would have to give back.
+            # While tracing it stays NumPy's, which is concrete. `adaptive_multi_steps` traces `init` and
+            # takes this number out of it, to check it against its micro-batch (`_initial_size` there). And
+            # the program does not hold an array that the device would have to give back.
             tracing = _validate.is_traced(jnp.zeros(()))
             size = np.int32(initial_batch_size)
             return size if tracing else jax.device_put(size)

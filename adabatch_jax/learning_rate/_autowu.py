@@ -26,7 +26,7 @@ from adabatch_jax.learning_rate._decision import decide
 from adabatch_jax.learning_rate._divergence import LossLevel, follow, no_level
 from adabatch_jax.learning_rate._examples import examples_behind
 from adabatch_jax.learning_rate._loss_history import empty_history, record
-from adabatch_jax.learning_rate._minimum import Smoother
+from adabatch_jax.learning_rate._posterior_test import Smoother
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
 from adabatch_jax.learning_rate._step_length import StepLength, measure, no_length

@@ -16,7 +16,7 @@ from adabatch_jax.learning_rate._autowu_state import (
     WarmupRecord,
 )
 from adabatch_jax.learning_rate._divergence import LossLevel
-from adabatch_jax.learning_rate._minimum import LEAST_LOCATION, Smoother
+from adabatch_jax.learning_rate._posterior_test import LEAST_LOCATION, Smoother
 
 
 def decide(

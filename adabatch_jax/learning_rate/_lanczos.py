@@ -224,9 +224,14 @@ def scale_by_lanczos(
         low = jnp.minimum(state.curvature_floor, top)
         root, small = jnp.sqrt(top), jnp.sqrt(low)
         ratio = (root - small) / (root + small)
-        beta = {"gradient_descent": 0.0 * ratio, "heavy_ball": jnp.square(ratio)}.get(
-            variant, ratio
-        )
+        # The formulas of all variants side by side, as in a table. `variant` is static, and the compiler
+        # drops the few scalars that are not looked up.
+        beta = {
+            "gradient_descent": 0.0 * ratio,
+            "heavy_ball": jnp.square(ratio),
+            "nesterov": ratio,
+            "nesterov_authors": ratio,
+        }[variant]
         beta = jnp.minimum(beta, jnp.asarray(max_momentum, jnp.float32))
         alpha = {
             "gradient_descent": 2.0 / (top + jnp.minimum(state.curvature_median, top)),

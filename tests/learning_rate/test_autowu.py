@@ -13,9 +13,9 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import AutowuPhase, WarmupEnd
-from adabatch_jax.learning_rate import _autowu, _improved
+from adabatch_jax.learning_rate import _autowu, _autowu_preset
 from adabatch_jax.learning_rate._divergence import follow, no_level
-from adabatch_jax.learning_rate._minimum import Draws
+from adabatch_jax.learning_rate._posterior_test import Draws
 from tests.learning_rate.losses import BOWL, FALLING, T
 
 RNG = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def test_the_peak_may_lie_above_or_below_the_rate_at_the_minimum():
     def last(factor):
         options = dict(smoother="quasisep", patience=2, peak_factor=factor)
         link = schedule.__wrapped__(**options)
-        step = lambda s, v: (link.update({}, s, value=v)[1], None)  # noqa: E731
+        step = lambda s, v: (link.update({}, s, value=v)[1], None)
         return jax.lax.scan(step, link.init({}), jnp.float32(BOWL))[0]
 
     states = jax.jit(lambda x: jax.lax.map(last, x))(jnp.array([0.5, 1.0, 1.5, 100.0]))
@@ -167,7 +167,7 @@ def test_a_confirmed_rate_is_the_lower_of_the_last_two_tests(monkeypatch, first,
         earliest = jnp.where(count <= 5, first, 0.3)
         return state, Draws(jnp.ones(1), jnp.full(1, 0.9), earliest[None])
 
-    known = lambda: _autowu.rbf_smoother()._replace(test=test)  # noqa: E731
+    known = lambda: _autowu.rbf_smoother()._replace(test=test)
     monkeypatch.setitem(_autowu.SMOOTHERS, "rbf", known)
     _, states = run(schedule.__wrapped__(patience=2, peak_at="confirmed"), BOWL)
     last = float(states.autowu_learning_rate[step])
@@ -185,7 +185,7 @@ def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
     link = adabatch.scale_by_improved_autowu(total_steps=5 * w)
 
     def end_of(losses):
-        step = lambda s, v: (link.update({}, s, value=v)[1], None)  # noqa: E731
+        step = lambda s, v: (link.update({}, s, value=v)[1], None)
         return jax.lax.scan(step, link.init({}), losses)[0].peak_position
 
     ends = jax.jit(lambda x: jax.lax.map(end_of, x))(jnp.float32(curve + 0.3 * noise))
@@ -193,7 +193,7 @@ def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
 
 
 def test_the_preset_goes_as_far_beyond_as_suits_the_direction(monkeypatch):
-    monkeypatch.setattr(_improved, "scale_by_autowu", lambda **options: options["peak_factor"])
+    monkeypatch.setattr(_autowu_preset, "scale_by_autowu", lambda **options: options["peak_factor"])
     preset = functools.partial(adabatch.scale_by_improved_autowu, total_steps=100)
     lamb = optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio())
     assert preset() == preset(direction=optax.scale_by_adam()) == 4.0
