@@ -14,8 +14,9 @@ class ReportsMetrics(Protocol):
     """A state with numbers for `adabatch.metrics`.
 
     Its first field is one number: the rank of that number tells how many axes of devices or of an
-    ensemble stand before all fields (`pmap` stacks states). Its fields of one array each, and its records
-    (NamedTuples of numbers), come freed from these axes when `report_metrics` is called.
+    ensemble stand before all fields (`pmap` stacks states). When `report_metrics` is called, fields of one
+    array each are freed from these axes, and so are those of its records, NamedTuples in fields named
+    last_…: what was last seen, apart from what is carried to the next step.
 
     The keys `learning_rate` and `learning_rate_scale` are multiplied over all states. Other keys of one
     name overwrite each other.
@@ -59,6 +60,11 @@ class RemembersDroppedSteps(Protocol):
 def reports_metrics(x: Any) -> TypeGuard[ReportsMetrics]:
     """Whether `x` is a state with numbers for `metrics`."""
     return hasattr(type(x), "report_metrics")
+
+
+def is_record(name: str, field: Any) -> bool:
+    """Whether a field of a state that reports is a record."""
+    return name.startswith("last_") and hasattr(field, "_fields")
 
 
 def emits_steps(x: Any) -> TypeGuard[EmitsSteps]:

@@ -23,8 +23,8 @@ from adabatch_jax.batch_size._criteria import (
 )
 from adabatch_jax.batch_size._criterion import Criterion, Evidence
 from adabatch_jax.batch_size._multi_steps import adaptive_multi_steps
-from adabatch_jax.batch_size._policies import batch_size_schedule, cabs
-from adabatch_jax.batch_size._read import get_batch_size, has_updated, metrics, needs_noise
+from adabatch_jax.batch_size._read_state import get_batch_size, has_updated, metrics, needs_noise
+from adabatch_jax.batch_size._schedules_and_cabs import batch_size_schedule, cabs
 from adabatch_jax.batch_size._skipped import unless_skipped
 from adabatch_jax.batch_size._state import BatchSizeStatus
 from adabatch_jax.batch_size._trained import trained_parameters
@@ -51,4 +51,4 @@ __all__ = [
 ]
 
 # For other rooms: no part of the public interface.
-from adabatch_jax.batch_size._read import returns_made as returns_made
+from adabatch_jax.batch_size._read_state import returns_made as returns_made

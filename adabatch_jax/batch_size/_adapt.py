@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,27 +21,17 @@ from adabatch_jax.batch_size._arguments import (
 )
 from adabatch_jax.batch_size._criterion import Criterion, corrected, of_population
 from adabatch_jax.batch_size._sizes import Sizes, check_sizes
-from adabatch_jax.batch_size._state import AdaptBatchSizeState, BatchSizeStatus
+from adabatch_jax.batch_size._state import (
+    AdaptBatchSizeState,
+    BatchSizeStatus,
+    SizeMemory,
+    SizeRecord,
+    Tested,
+)
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
 _DISPLAY_DECAY = 0.9  # of the noise scale that `metrics` reports; no decision hangs on it
-
-
-class _Tested(NamedTuple):
-    """The fields of the state that a test changes."""
-
-    next_batch_size: jax.Array
-    two_group_examples: jax.Array
-    evidence_ema: PyTree
-    evidence_weight: jax.Array
-    display_ema: jax.Array
-    test_numerator: jax.Array
-    test_denominator: jax.Array
-    test_degrees_of_freedom: jax.Array
-    required_batch_size: jax.Array
-    test_status: jax.Array
-    skipped_tests: jax.Array
 
 
 def adapt_batch_size(
@@ -163,8 +153,9 @@ def adapt_batch_size(
         def first() -> Any:
             if not _validate.is_static(initial_batch_size):
                 return jnp.array(initial_batch_size, jnp.int32, copy=True)
-            # While tracing it stays NumPy's: a wrapper can check it against its micro-batch, and the
-            # program does not hold an array that the device would have to give back.
+            # While tracing it stays NumPy's, which is concrete. `adaptive_multi_steps` traces `init` and
+            # takes this number out of it, to check it against its micro-batch (`_initial_size` there). And
+            # the program does not hold an array that the device would have to give back.
             tracing = _validate.is_traced(jnp.zeros(()))
             size = np.int32(initial_batch_size)
             return size if tracing else jax.device_put(size)
@@ -178,17 +169,21 @@ def adapt_batch_size(
             examples_clock=zero_clock(),
             updates_seen=jnp.zeros((), jnp.int32),
             updates_until_test=jnp.zeros((), jnp.int32),
-            evidence_ema=() if smoothing is None else zero_evidence(criterion, params),
-            evidence_weight=jnp.zeros((), jnp.float32),
-            display_ema=jnp.zeros((2,), jnp.float32),
-            test_numerator=jnp.zeros((), jnp.float32),
-            test_denominator=jnp.zeros((), jnp.float32),
-            test_degrees_of_freedom=jnp.zeros((), jnp.int32),
-            required_batch_size=jnp.zeros((), jnp.float32),
-            test_status=jnp.array(int(BatchSizeStatus.NOT_TESTED), jnp.int32),
-            skipped_tests=jnp.zeros((), jnp.int32),
-            two_group_examples=jnp.zeros((), jnp.int32),
             test_due=jnp.asarray(~permitted.full(size) & criterion.uses_noise),
+            size_memory=SizeMemory(
+                evidence_ema=() if smoothing is None else zero_evidence(criterion, params),
+                evidence_weight=jnp.zeros((), jnp.float32),
+                two_group_examples=jnp.zeros((), jnp.int32),
+            ),
+            last_size_test=SizeRecord(
+                display_ema=jnp.zeros((2,), jnp.float32),
+                test_numerator=jnp.zeros((), jnp.float32),
+                test_denominator=jnp.zeros((), jnp.float32),
+                test_degrees_of_freedom=jnp.zeros((), jnp.int32),
+                required_batch_size=jnp.zeros((), jnp.float32),
+                test_status=jnp.array(int(BatchSizeStatus.NOT_TESTED), jnp.int32),
+                skipped_tests=jnp.zeros((), jnp.int32),
+            ),
         )
 
     def test(
@@ -197,7 +192,7 @@ def adapt_batch_size(
         noise: GradientNoise,
         read: dict[str, jax.Array],
         state: AdaptBatchSizeState,
-    ) -> _Tested:
+    ) -> Tested:
         evidence = criterion.evidence(noise, **read)
         square = noise.squared_norm
         groups = jnp.asarray(noise.num_groups)
@@ -213,7 +208,7 @@ def adapt_batch_size(
         signal = ignored | (square > 0)
         usable = enough & known & signal
 
-        ema, weight = state.evidence_ema, state.evidence_weight
+        ema, weight, least = state.size_memory
         if smoothing is None:
             averaged = new
         else:
@@ -235,7 +230,7 @@ def adapt_batch_size(
         finite = known & ~jnp.isnan(required)
         usable &= finite
 
-        size, least, lonely = state.next_batch_size, state.two_group_examples, jnp.bool_(False)
+        size, lonely = state.next_batch_size, jnp.bool_(False)
         # Two groups as large as these. One alone has no variance: without a way out no test would ever
         # count again. Two of them are the way, and the least from then on, until groups are smaller.
         pair = 2 * -(-jnp.clip(noise.num_examples, 1, 2**29) // jnp.maximum(groups, 1))
@@ -247,10 +242,11 @@ def adapt_batch_size(
         moved = jnp.where(usable, sizes.after(size, required, least), size)
         moved = jnp.where(lonely, sizes.rounded(jnp.minimum(pair, sizes.largest)), moved)
         shown = jnp.stack([noise.trace, square - left * noise.trace / examples])
-        keep = jnp.where(state.display_ema[0] > 0, jnp.float32(_DISPLAY_DECAY), 0.0)
-        shown = keep * state.display_ema + (1 - keep) * shown
+        last = state.last_size_test
+        keep = jnp.where(last.display_ema[0] > 0, jnp.float32(_DISPLAY_DECAY), 0.0)
+        shown = keep * last.display_ema + (1 - keep) * shown
         if ignored:  # it need not have been measured
-            shown = jnp.where(jnp.all(jnp.isfinite(shown)), shown, state.display_ema)
+            shown = jnp.where(jnp.all(jnp.isfinite(shown)), shown, last.display_ema)
         status = jnp.where(moved == size, BatchSizeStatus.PASSED, BatchSizeStatus.CHANGED)
         status = jnp.where(signal, status, BatchSizeStatus.ZERO_GRADIENT)
         status = jnp.where(finite, status, BatchSizeStatus.NOT_FINITE)
@@ -259,21 +255,21 @@ def adapt_batch_size(
         def kept(x: Any, old: jax.Array) -> jax.Array:
             return jnp.where(usable, jnp.asarray(x).astype(old.dtype), old)
 
-        skipped = optax.safe_increment(state.skipped_tests)
-        return _Tested(
+        skipped = optax.safe_increment(last.skipped_tests)
+        return Tested(
             next_batch_size=moved.astype(jnp.int32),
-            two_group_examples=least,
-            evidence_ema=ema,
-            evidence_weight=weight,
-            display_ema=kept(shown, state.display_ema),
-            test_numerator=kept(numerator, state.test_numerator),
-            test_denominator=kept(denominator, state.test_denominator),
-            test_degrees_of_freedom=kept(
-                0 if ignored else groups - 1, state.test_degrees_of_freedom
+            size_memory=SizeMemory(ema, weight, least),
+            last_size_test=SizeRecord(
+                display_ema=kept(shown, last.display_ema),
+                test_numerator=kept(numerator, last.test_numerator),
+                test_denominator=kept(denominator, last.test_denominator),
+                test_degrees_of_freedom=kept(
+                    0 if ignored else groups - 1, last.test_degrees_of_freedom
+                ),
+                required_batch_size=kept(required, last.required_batch_size),
+                test_status=status.astype(jnp.int32),
+                skipped_tests=jnp.where(usable, last.skipped_tests, skipped),
             ),
-            required_batch_size=kept(required, state.required_batch_size),
-            test_status=status.astype(jnp.int32),
-            skipped_tests=jnp.where(usable, state.skipped_tests, skipped),
         )
 
     def update(
@@ -300,14 +296,14 @@ def adapt_batch_size(
         due = state.updates_until_test == 0
         at_maximum = sizes.full(state.next_batch_size)
 
-        def look(noise: GradientNoise, read: Any, state: AdaptBatchSizeState) -> _Tested:
+        def look(noise: GradientNoise, read: Any, state: AdaptBatchSizeState) -> Tested:
             return test(sizes, trained, let_through(noise, updates, criterion), read, state)
 
-        def skip(_: GradientNoise, __: Any, state: AdaptBatchSizeState) -> _Tested:
+        def skip(_: GradientNoise, __: Any, state: AdaptBatchSizeState) -> Tested:
             status = jnp.where(due, BatchSizeStatus.HELD, BatchSizeStatus.NOT_TESTED)
             status = jnp.where(at_maximum, BatchSizeStatus.AT_MAXIMUM, status)
-            unchanged = _Tested(*(getattr(state, name) for name in _Tested._fields))
-            return unchanged._replace(test_status=status.astype(jnp.int32))
+            shown = state.last_size_test._replace(test_status=status.astype(jnp.int32))
+            return Tested(state.next_batch_size, state.size_memory, shown)
 
         clock = advance(state.examples_clock, noise.num_examples)
         read = read_arguments(criterion, {**extra_args, "examples_seen": as_float(clock)})

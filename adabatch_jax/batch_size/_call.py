@@ -59,7 +59,7 @@ def measure_call(
     wide, beside = widen(trained), widen(frozen)
     gaps = None
     if not axes:
-        lengths = lambda _, new: [squared_norm(x) for x in new]  # noqa: E731
+        lengths = lambda _, new: [squared_norm(x) for x in new]
         gaps = jax.lax.cond(measure, squared_gaps, lengths, gathered, wide)
     length = squared_norm(wide) if gaps is None else sum(gaps, start=jnp.float32(0))
     # The loss too: a label out of range makes it NaN and leaves a gradient that looks like any other.

@@ -12,7 +12,6 @@ from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes
 from adabatch_jax._dropped import state_after_dropped_step
 from adabatch_jax._tree import cast_like, wide, widen
-from adabatch_jax.batch_size._at_most_once import at_most_once, unmoved
 from adabatch_jax.batch_size._call import (
     check_call,
     check_first_batch,
@@ -20,7 +19,8 @@ from adabatch_jax.batch_size._call import (
     is_complete,
     measure_call,
 )
-from adabatch_jax.batch_size._read import controller_state, needs_noise, returns_made
+from adabatch_jax.batch_size._read_state import controller_state, needs_noise, returns_made
+from adabatch_jax.batch_size._run_if import run_if, unmoved
 from adabatch_jax.batch_size._trained import Leaves, moved_leaves
 from adabatch_jax.noise import UNMEASURED, GradientNoise, blend, join_noise, unless_measured
 
@@ -290,7 +290,7 @@ def adaptive_multi_steps(
                 new = optax.tree.where(kept, new, dropped)
             return new_updates, new
 
-        new_updates, inner = at_most_once(emit, act, updates, state.inner_opt_state)
+        new_updates, inner = run_if(emit, act, updates, state.inner_opt_state)
         if may_return:
             emit &= ~lost | (returns_made(inner) > returns)
         new_updates = jax.tree.map(lambda u: jnp.where(emit, u, jnp.zeros_like(u)), new_updates)
@@ -357,7 +357,12 @@ class _Moved:
 
 
 def _initial_size(optimizer: optax.GradientTransformation, updates: PyTree) -> Any:
-    """The initial batch size, read from `init` at trace time: a tracer where it is not static."""
+    """The initial batch size, read from `init` at trace time: a tracer where it is not static.
+
+    `update` sees a state whose batch size is traced, and `optimizer` does not tell its arguments. But the
+    `init` of `adapt_batch_size` leaves a static size concrete while it is traced, so a probe can keep
+    it; what `eval_shape` itself returns would be shapes alone. No array is made.
+    """
     seen = []
 
     def probe(params: PyTree) -> Any:

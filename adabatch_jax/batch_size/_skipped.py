@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adabatch_jax.batch_size._read import last_call
+from adabatch_jax.batch_size._read_state import last_call
 
 PyTree = Any
 

@@ -31,17 +31,17 @@ class BatchSizeStatus(enum.IntEnum):
     ZERO_GRADIENT = 7  # nothing to compare the variance with
 
 
-class AdaptBatchSizeState(NamedTuple):
-    """State of `adapt_batch_size`; `evidence_ema` is () without smoothing."""
+class SizeMemory(NamedTuple):
+    """What one test of the batch size hands on to the next; `evidence_ema` is () without smoothing."""
 
-    next_batch_size: jax.Array  # int32: examples of the next optimizer step
-    largest_batch_size: jax.Array  # int32: max_batch_size
-    last_batch_size: jax.Array  # int32: examples of the last step; before it, of the first
-    examples_clock: jax.Array  # uint32 [2]: examples used so far
-    updates_seen: jax.Array  # int32: saturates
-    updates_until_test: jax.Array  # int32: 0 where the next update is due for a test
     evidence_ema: PyTree  # (numerator, denominator), not yet corrected for its start
     evidence_weight: jax.Array  # float32: 1 − decay^tests
+    two_group_examples: jax.Array  # int32: below it a batch was one group; 0: none was
+
+
+class SizeRecord(NamedTuple):
+    """What the last test of the batch size showed. No decision reads it."""
+
     display_ema: jax.Array  # float32 [2]: tr Σ and the de-biased ‖∇F‖², for the noise scale
     test_numerator: jax.Array  # float32: what the last test compared …
     test_denominator: jax.Array  # float32: … with what
@@ -49,8 +49,28 @@ class AdaptBatchSizeState(NamedTuple):
     required_batch_size: jax.Array  # float32: what the last test asked for
     test_status: jax.Array  # int32: BatchSizeStatus
     skipped_tests: jax.Array  # int32: tests without usable evidence; saturates
-    two_group_examples: jax.Array  # int32: below it a batch was one group; 0: none was
+
+
+class Tested(NamedTuple):
+    """The fields of the state that a test changes."""
+
+    next_batch_size: jax.Array
+    size_memory: SizeMemory
+    last_size_test: SizeRecord
+
+
+class AdaptBatchSizeState(NamedTuple):
+    """State of `adapt_batch_size`."""
+
+    next_batch_size: jax.Array  # int32: examples of the next optimizer step
+    largest_batch_size: jax.Array  # int32: max_batch_size
+    last_batch_size: jax.Array  # int32: examples of the last step; before it, of the first
+    examples_clock: jax.Array  # uint32 [2]: examples used so far
+    updates_seen: jax.Array  # int32: saturates
+    updates_until_test: jax.Array  # int32: 0 where the next update is due for a test
     test_due: jax.Array  # bool: the next update looks at the noise, unless it is held
+    size_memory: SizeMemory
+    last_size_test: SizeRecord
 
     def after_dropped_step(self, after: AdaptBatchSizeState, used_up: bool) -> AdaptBatchSizeState:
         """This state, with the clock of the one after a dropped step whose examples are used up."""
@@ -58,9 +78,10 @@ class AdaptBatchSizeState(NamedTuple):
 
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""
-        trace, square = self.display_ema[0], self.display_ema[1]
-        tested = (self.test_status == BatchSizeStatus.PASSED) | (
-            self.test_status == BatchSizeStatus.CHANGED
+        last = self.last_size_test
+        trace, square = last.display_ema[0], last.display_ema[1]
+        tested = (last.test_status == BatchSizeStatus.PASSED) | (
+            last.test_status == BatchSizeStatus.CHANGED
         )
         seen = (trace > 0) | (square > 0)
         scale = jnp.where(square > 0, trace / jnp.where(square > 0, square, 1.0), jnp.inf)
@@ -70,10 +91,10 @@ class AdaptBatchSizeState(NamedTuple):
             "next_batch_size": self.next_batch_size,
             "num_examples": as_int(self.examples_clock),
             "noise_scale": jnp.where(seen, scale, 0.0),
-            "noise_numerator": jnp.where(tested, self.test_numerator, 0.0),
-            "noise_denominator": jnp.where(tested, self.test_denominator, 0.0),
-            "degrees_of_freedom": jnp.where(tested, self.test_degrees_of_freedom, 0),
-            "required_batch_size": jnp.where(tested, self.required_batch_size, 0.0),
-            "test_status": self.test_status,
-            "skipped_tests": self.skipped_tests,
+            "noise_numerator": jnp.where(tested, last.test_numerator, 0.0),
+            "noise_denominator": jnp.where(tested, last.test_denominator, 0.0),
+            "degrees_of_freedom": jnp.where(tested, last.test_degrees_of_freedom, 0),
+            "required_batch_size": jnp.where(tested, last.required_batch_size, 0.0),
+            "test_status": last.test_status,
+            "skipped_tests": last.skipped_tests,
         }

@@ -37,7 +37,7 @@ from adabatch_jax.curvature._effective_batch_size import (
     effective_batch_size,
     inverse_effective_batch_size,
 )
-from adabatch_jax.curvature._noise import (
+from adabatch_jax.curvature._hessian_noise import (
     BatchSharpness,
     HessianFit,
     batch_sharpness,
@@ -80,7 +80,7 @@ __all__ = [
 ]
 
 # For other rooms: no part of the public interface.
-from adabatch_jax.curvature._noise import group_shape as group_shape
-from adabatch_jax.curvature._noise import spectrum_and_noise as spectrum_and_noise
+from adabatch_jax.curvature._hessian_noise import group_shape as group_shape
+from adabatch_jax.curvature._hessian_noise import spectrum_and_noise as spectrum_and_noise
 from adabatch_jax.curvature._spectrum import lanczos as lanczos
 from adabatch_jax.curvature._spectrum import random_unit as random_unit

@@ -59,7 +59,7 @@ class Spectrum(NamedTuple):
         """
         flat, residuals = self.eigenvalues.reshape(-1), self.residuals.reshape(-1)
         allowed = tolerance * jnp.max(jnp.abs(flat))
-        at = lambda i: residuals[i] <= allowed  # noqa: E731
+        at = lambda i: residuals[i] <= allowed
         return at(jnp.argmax(flat)) & at(jnp.argmin(flat))
 
 
@@ -276,10 +276,11 @@ def lanczos(
         # Stored last, by way of what was read: XLA would copy the whole basis, several times a step,
         # if it were read after it was written. The last vector has no row, and rewrites the one before.
         row = jnp.minimum(i + 1, num_steps - 1)
-        basis = jax.tree.map(
-            lambda b, new, old: b.at[row].set(jnp.where(inside, new, old).astype(b.dtype)),
-            *(basis, following, vector),
-        )
+
+        def stored(b: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+            return b.at[row].set(jnp.where(inside, new, old).astype(b.dtype))
+
+        basis = jax.tree.map(stored, basis, following, vector)
         return basis, following, diagonal, off, valid, greatest, units
 
     basis = jax.tree.map(lambda v: jnp.zeros((num_steps, *v.shape), v.dtype).at[0].set(v), start)

@@ -74,8 +74,8 @@ def max_stable_learning_rate(
         number; only one of `noise` and `batch_size`.
 
     Example:
-      >>> float(max_stable_learning_rate(10.0)), float(max_stable_learning_rate(10.0, momentum=0.5))
-      (0.20000000298023224, 0.30000001192092896)
+      >>> [round(float(max_stable_learning_rate(10.0, momentum=beta)), 4) for beta in (0.0, 0.5)]
+      [0.2, 0.3]
       >>> rates = max_stable_learning_rate(10.0, noise=6400.0, batch_size=jnp.array([1, 64, 6400]))
       >>> [round(rate, 4) for rate in rates.tolist()]  # b* = 64
       [0.0031, 0.1, 0.198]

@@ -15,27 +15,27 @@
 AutoWU smooths the losses with a Gaussian process, in one of two ways. "rbf" is the paper's: a very
 smooth kernel of fixed length, fitted to 100 and conditioned on 500 random losses, five times.
 "quasisep" has a Matérn-5/2 kernel that learns its length, is conditioned on all losses in linear
-time, and leaves nothing to chance. `_minimum.py` says what both are asked, `_rbf.py` and
+time, and leaves nothing to chance. `_posterior_test.py` says what both are asked, `_rbf.py` and
 `_quasisep.py` how they answer, `_autowu.py` what is done with the answer.
 
-For other rooms: `kind_of` tells how a rate follows the batch (`Kind`), `batch_sizes` reads a batch size
-from what `update` is told, `share_of_new` is 1 − β for a batch, `ScalingRule` the type of a rule,
-`LEAST_WARMUP_STEPS` the shortest warm-up.
+For other rooms: `probe_direction` tells the traits of a direction (`DirectionTraits`), `batch_sizes`
+reads a batch size from what `update` is told, `share_of_new` is 1 − β for a batch, `ScalingRule` the
+type of a rule, `LEAST_WARMUP_STEPS` the shortest warm-up.
 """
 
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
+from adabatch_jax.learning_rate._autowu_preset import scale_by_improved_autowu
 from adabatch_jax.learning_rate._autowu_state import AutowuPhase, WarmupEnd
-from adabatch_jax.learning_rate._follow import (
+from adabatch_jax.learning_rate._hyperparameter_rules import (
     follow_batch_size,
     scaled_average,
     scaled_beta,
     scaled_eps,
     scaled_weight_decay,
 )
-from adabatch_jax.learning_rate._improved import scale_by_improved_autowu
 from adabatch_jax.learning_rate._lanczos import scale_by_lanczos
 from adabatch_jax.learning_rate._random_matrix import scale_by_random_matrix
-from adabatch_jax.learning_rate._return import return_to_minimum
+from adabatch_jax.learning_rate._return_to_minimum import return_to_minimum
 from adabatch_jax.learning_rate._scaling import (
     linear_scaling,
     random_matrix_scaling,
@@ -70,7 +70,7 @@ __all__ = [
 # For other rooms: no part of the public interface.
 from adabatch_jax.learning_rate._autowu_plan import LEAST_WARMUP_STEPS as LEAST_WARMUP_STEPS
 from adabatch_jax.learning_rate._examples import batch_sizes as batch_sizes
-from adabatch_jax.learning_rate._follow import share_of_new as share_of_new
-from adabatch_jax.learning_rate._kind import Kind as Kind
-from adabatch_jax.learning_rate._kind import kind_of as kind_of
+from adabatch_jax.learning_rate._hyperparameter_rules import share_of_new as share_of_new
+from adabatch_jax.learning_rate._probe_direction import DirectionTraits as DirectionTraits
+from adabatch_jax.learning_rate._probe_direction import probe_direction as probe_direction
 from adabatch_jax.learning_rate._scaling import ScalingRule as ScalingRule

@@ -14,12 +14,19 @@ from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying
 from adabatch_jax._clock import advance, as_float, zero_clock
 from adabatch_jax._tree import scale
 from adabatch_jax.learning_rate._autowu_plan import Plan, read_clock
-from adabatch_jax.learning_rate._autowu_state import AutowuPhase, ScaleByAutowuState, WarmupEnd
-from adabatch_jax.learning_rate._decision import TESTED, decide
+from adabatch_jax.learning_rate._autowu_state import (
+    AutowuPhase,
+    ScaleByAutowuState,
+    Verdict,
+    WarmupEnd,
+    WarmupMemory,
+    WarmupRecord,
+)
+from adabatch_jax.learning_rate._decision import decide
 from adabatch_jax.learning_rate._divergence import LossLevel, follow, no_level
 from adabatch_jax.learning_rate._examples import examples_behind
 from adabatch_jax.learning_rate._loss_history import empty_history, record
-from adabatch_jax.learning_rate._minimum import Smoother
+from adabatch_jax.learning_rate._posterior_test import Smoother
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
 from adabatch_jax.learning_rate._step_length import StepLength, measure, no_length
@@ -213,13 +220,17 @@ def scale_by_autowu(
             loss_history=empty_history(plan.limit + 1 if plan.by_steps else max_losses),
             loss_level=no_level() if watch_divergence else (),
             step_length=() if max_relative_step is None else no_length(),
-            smoother_state=gp.init(),
-            draw_key=jax.random.PRNGKey(seed),
-            yes_in_a_row=count(),
-            minimum_probability=number(0.0),
-            minimum_location=number(0.0),
-            tests_made=count(),
-            failed_draws=count(),
+            warmup_memory=WarmupMemory(
+                smoother_state=gp.init(),
+                draw_key=jax.random.PRNGKey(seed),
+                yes_in_a_row=count(),
+            ),
+            last_warmup_test=WarmupRecord(
+                minimum_probability=number(0.0),
+                minimum_location=number(0.0),
+                tests_made=count(),
+                failed_draws=count(),
+            ),
             nonfinite_losses=count(),
             exploded_losses=count(),
             setbacks=count(),
@@ -311,14 +322,14 @@ def scale_by_autowu(
         span = end if gp.looks_ahead else jnp.maximum(position, 1.0)
         delay = 0.0 if gp.looks_ahead else increment.astype(jnp.float32) / span
 
-        def test(state: ScaleByAutowuState) -> dict[str, Any]:
+        def test(state: ScaleByAutowuState) -> Verdict:
             return decide(plan, gp, state, span, span / last, delay, diverged, stop)
 
-        def wait(state: ScaleByAutowuState) -> dict[str, Any]:
-            return {name: getattr(state, name) for name in TESTED}
+        def wait(state: ScaleByAutowuState) -> Verdict:
+            return Verdict(*(getattr(state, name) for name in Verdict._fields))
 
         if not (warmup_over or unsearched):
-            state = state._replace(**jax.lax.cond(due, test, wait, state))
+            state = state._replace(**jax.lax.cond(due, test, wait, state)._asdict())
 
         # Without a test that ended it, the warm-up goes on from its last rate at the limit.
         quits = at_end & (state.warmup_end == WarmupEnd.RUNNING)

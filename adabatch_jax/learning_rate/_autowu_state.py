@@ -43,6 +43,32 @@ class WarmupEnd(enum.IntEnum):
     NO_WARMUP = 5  # max_warmup_fraction = 0, or a run of `automatic` that is too short for one
 
 
+class WarmupMemory(NamedTuple):
+    """What one test of the warm-up hands on to the next."""
+
+    smoother_state: Any
+    draw_key: jax.Array  # PRNG key of the draws
+    yes_in_a_row: jax.Array  # int32: tests in a row that said the minimum is past
+
+
+class WarmupRecord(NamedTuple):
+    """What the tests of the warm-up showed."""
+
+    minimum_probability: jax.Array  # float32: of the last test, mean over its draws
+    minimum_location: jax.Array  # float32: the same, in [0, 1] of the series so far
+    tests_made: jax.Array  # int32
+    failed_draws: jax.Array  # int32: draws whose factorisation failed: "no" votes
+
+
+class Verdict(NamedTuple):
+    """The fields of the state that a test changes."""
+
+    warmup_end: jax.Array
+    peak_learning_rate: jax.Array
+    warmup_memory: WarmupMemory
+    last_warmup_test: WarmupRecord
+
+
 class ScaleByAutowuState(NamedTuple):
     """State of `scale_by_autowu`: of fixed size."""
 
@@ -57,13 +83,8 @@ class ScaleByAutowuState(NamedTuple):
     loss_history: LossHistory
     loss_level: tuple[jax.Array, ...]  # what divergence is told from; () if it is not watched
     step_length: tuple[jax.Array, ...]  # how high it lets the rate be; () without a bound
-    smoother_state: Any
-    draw_key: jax.Array  # PRNG key of the draws
-    yes_in_a_row: jax.Array  # int32: tests in a row that said the minimum is past
-    minimum_probability: jax.Array  # float32: of the last test, mean over its draws
-    minimum_location: jax.Array  # float32: the same, in [0, 1] of the series so far
-    tests_made: jax.Array  # int32
-    failed_draws: jax.Array  # int32: draws whose factorisation failed: "no" votes
+    warmup_memory: WarmupMemory
+    last_warmup_test: WarmupRecord
     nonfinite_losses: jax.Array  # int32: left out
     exploded_losses: jax.Array  # int32: left out for being far above the others
     setbacks: jax.Array  # int32: times the rate was halved after the warm-up
@@ -92,7 +113,9 @@ class ScaleByAutowuState(NamedTuple):
     @property
     def minimum_found(self) -> jax.Array:
         """Whether the peak is the rate of a minimum: one that was passed, or lay before an explosion."""
-        exploded = (self.warmup_end == WarmupEnd.DIVERGED) & (self.minimum_location > 0)
+        exploded = (self.warmup_end == WarmupEnd.DIVERGED) & (
+            self.last_warmup_test.minimum_location > 0
+        )
         return (self.warmup_end == WarmupEnd.MINIMUM_PASSED) | exploded
 
     def bounded(self, rate: jax.Array) -> jax.Array:
@@ -110,10 +133,7 @@ class ScaleByAutowuState(NamedTuple):
             "warmup_end": self.warmup_end,
             "minimum_found": self.minimum_found,
             "peak_learning_rate": jnp.where(ended, self.peak_learning_rate, 0.0),
-            "minimum_probability": self.minimum_probability,
-            "minimum_location": self.minimum_location,
-            "tests_made": self.tests_made,
-            "failed_draws": self.failed_draws,
+            **self.last_warmup_test._asdict(),
             "nonfinite_losses": self.nonfinite_losses,
             "exploded_losses": self.exploded_losses,
             "setbacks": self.setbacks,

@@ -8,22 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax.learning_rate._autowu_plan import Plan
-from adabatch_jax.learning_rate._autowu_state import ScaleByAutowuState, WarmupEnd
-from adabatch_jax.learning_rate._divergence import LossLevel
-from adabatch_jax.learning_rate._minimum import LEAST_LOCATION, Smoother
-
-# The fields of the state that a test changes.
-TESTED = (
-    "smoother_state",
-    "draw_key",
-    "yes_in_a_row",
-    "minimum_probability",
-    "minimum_location",
-    "tests_made",
-    "failed_draws",
-    "peak_learning_rate",
-    "warmup_end",
+from adabatch_jax.learning_rate._autowu_state import (
+    ScaleByAutowuState,
+    Verdict,
+    WarmupEnd,
+    WarmupMemory,
+    WarmupRecord,
 )
+from adabatch_jax.learning_rate._divergence import LossLevel
+from adabatch_jax.learning_rate._posterior_test import LEAST_LOCATION, Smoother
 
 
 def decide(
@@ -35,17 +28,17 @@ def decide(
     delay: Any,
     diverged: jax.Array,
     stop: jax.Array,
-) -> dict[str, Any]:
+) -> Verdict:
     """Smooth the losses, vote, and take the rate at the minimum: the branch that costs."""
-    history = state.loss_history
-    key, draw_key = jax.random.split(state.draw_key)
+    history, memory, last = state.loss_history, state.warmup_memory, state.last_warmup_test
+    key, draw_key = jax.random.split(memory.draw_key)
     # Optax and tinygp mix dtypes and ranks freely; what users demand of their code is their affair.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         x = (history.positions / span).astype(jnp.float32)
         fitted, draws = gp.test(
-            state.smoother_state, x, history.losses, history.entries, draw_key, progress
+            memory.smoother_state, x, history.losses, history.entries, draw_key, progress
         )
-    fitted = jax.tree.map(lambda a, b: a.astype(b.dtype), fitted, state.smoother_state)
+    fitted = jax.tree.map(lambda a, b: a.astype(b.dtype), fitted, memory.smoother_state)
     ok = jnp.isfinite(draws.probability) & jnp.isfinite(draws.location)
     good = jnp.sum(ok.astype(jnp.float32))
 
@@ -53,7 +46,7 @@ def decide(
         return jnp.sum(jnp.where(ok, values, 0.0)) / jnp.maximum(good, 1.0)
 
     votes = jnp.sum(ok & (draws.probability > plan.confidence), dtype=jnp.int32)
-    streak = jnp.where(2 * votes > ok.shape[0], state.yes_in_a_row + 1, 0).astype(jnp.int32)
+    streak = jnp.where(2 * votes > ok.shape[0], memory.yes_in_a_row + 1, 0).astype(jnp.int32)
     past = streak >= plan.patience
     rate = state.autowu_learning_rate
     place = draws.location
@@ -76,20 +69,20 @@ def decide(
     # What a test found where nothing had fallen confirms nothing.
     of_this_test = jnp.where(mean(draws.location) < LEAST_LOCATION + delay, jnp.inf, peak)
     if plan.peak_at == "confirmed":
-        before = jnp.where(state.tests_made > 0, state.peak_learning_rate, jnp.inf)
+        before = jnp.where(last.tests_made > 0, state.peak_learning_rate, jnp.inf)
         peak = jnp.minimum(peak, before)
     reason = jnp.where(stop, int(WarmupEnd.AT_LIMIT), state.warmup_end)
     reason = jnp.where(past, int(WarmupEnd.MINIMUM_PASSED), reason)
     reason = jnp.where(diverged, int(WarmupEnd.DIVERGED), reason)
     switch = past | diverged | stop
-    return {
-        "smoother_state": fitted,
-        "draw_key": key,
-        "yes_in_a_row": streak,
-        "minimum_probability": mean(draws.probability),
-        "minimum_location": mean(draws.location),
-        "tests_made": state.tests_made + 1,
-        "failed_draws": state.failed_draws + jnp.sum(~ok, dtype=jnp.int32),
-        "peak_learning_rate": jnp.where(switch, peak, of_this_test),
-        "warmup_end": reason.astype(jnp.int32),
-    }
+    return Verdict(
+        warmup_end=reason.astype(jnp.int32),
+        peak_learning_rate=jnp.where(switch, peak, of_this_test),
+        warmup_memory=WarmupMemory(fitted, key, streak),
+        last_warmup_test=WarmupRecord(
+            minimum_probability=mean(draws.probability),
+            minimum_location=mean(draws.location),
+            tests_made=last.tests_made + 1,
+            failed_draws=last.failed_draws + jnp.sum(~ok, dtype=jnp.int32),
+        ),
+    )

@@ -157,12 +157,25 @@ def scale_by_lanczos(
 
     def init(params: PyTree) -> ScaleByLanczosState:
         _validate.real_arrays(where, params=params)
-        # Each number has a buffer of its own: a state with shared ones cannot be donated.
-        fields: list[Any] = [jnp.zeros((), jnp.float32) for _ in range(8)]
-        fields += [jnp.zeros((), jnp.int32) for _ in range(2)]
-        fields += [refresh.start(), jax.random.key_data(jax.random.key(seed))]
-        fields.append(optax.tree.zeros_like(widen(params)))
-        return ScaleByLanczosState(*fields)
+
+        def zero() -> jax.Array:  # a buffer of its own: a state with shared ones cannot be donated
+            return jnp.zeros((), jnp.float32)
+
+        return ScaleByLanczosState(
+            lanczos_learning_rate=zero(),
+            lanczos_momentum=zero(),
+            curvature_largest=zero(),
+            curvature_smallest=zero(),
+            curvature_residual=zero(),
+            curvature_scale=zero(),
+            curvature_floor=zero(),
+            curvature_median=zero(),
+            refreshes=jnp.zeros((), jnp.int32),
+            failed_refreshes=jnp.zeros((), jnp.int32),
+            since_refresh=refresh.start(),
+            lanczos_key=jax.random.key_data(jax.random.key(seed)),
+            lanczos_trace=optax.tree.zeros_like(widen(params)),
+        )
 
     def refreshed(
         state: ScaleByLanczosState, params: PyTree, value_fn: Callable[[PyTree], jax.Array]
@@ -211,9 +224,14 @@ def scale_by_lanczos(
         low = jnp.minimum(state.curvature_floor, top)
         root, small = jnp.sqrt(top), jnp.sqrt(low)
         ratio = (root - small) / (root + small)
-        beta = {"gradient_descent": 0.0 * ratio, "heavy_ball": jnp.square(ratio)}.get(
-            variant, ratio
-        )
+        # The formulas of all variants side by side, as in a table. `variant` is static, and the compiler
+        # drops the few scalars that are not looked up.
+        beta = {
+            "gradient_descent": 0.0 * ratio,
+            "heavy_ball": jnp.square(ratio),
+            "nesterov": ratio,
+            "nesterov_authors": ratio,
+        }[variant]
         beta = jnp.minimum(beta, jnp.asarray(max_momentum, jnp.float32))
         alpha = {
             "gradient_descent": 2.0 / (top + jnp.minimum(state.curvature_median, top)),

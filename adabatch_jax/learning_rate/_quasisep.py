@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from tinygp import GaussianProcess, kernels, noise
 
-from adabatch_jax.learning_rate._fit import Moments, Parameters, descend, no_moments
-from adabatch_jax.learning_rate._minimum import (
+from adabatch_jax.learning_rate._fit_hyperparameters import Moments, Parameters, descend, no_moments
+from adabatch_jax.learning_rate._posterior_test import (
     LEAST_LOCATION,
     NUM_POINTS,
     Draws,

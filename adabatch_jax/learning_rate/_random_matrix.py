@@ -133,10 +133,16 @@ def scale_by_random_matrix(
 
     def init(params: PyTree) -> ScaleByRandomMatrixState:
         _validate.real_arrays(where, params=params)
-        fields = [jnp.ones((), jnp.float32), *(jnp.zeros((), jnp.float32) for _ in range(3))]
-        fields += [jnp.zeros((), jnp.int32) for _ in range(2)]
-        fields += [refresh.start(), jax.random.key_data(jax.random.key(seed))]
-        return ScaleByRandomMatrixState(*fields)
+        return ScaleByRandomMatrixState(
+            measured_scale=jnp.ones((), jnp.float32),
+            measured_transition=jnp.zeros((), jnp.float32),
+            measured_largest=jnp.zeros((), jnp.float32),
+            measured_noise=jnp.zeros((), jnp.float32),
+            transition_refreshes=jnp.zeros((), jnp.int32),
+            failed_transition_refreshes=jnp.zeros((), jnp.int32),
+            since_transition=refresh.start(),
+            transition_key=jax.random.key_data(jax.random.key(seed)),
+        )
 
     def refreshed(
         state: ScaleByRandomMatrixState,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from tinygp import GaussianProcess, kernels
 
-from adabatch_jax.learning_rate._fit import Moments, Parameters, descend, no_moments
-from adabatch_jax.learning_rate._minimum import (
+from adabatch_jax.learning_rate._fit_hyperparameters import Moments, Parameters, descend, no_moments
+from adabatch_jax.learning_rate._posterior_test import (
     NUM_POINTS,
     Draws,
     Posterior,

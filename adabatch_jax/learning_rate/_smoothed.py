@@ -57,8 +57,8 @@ def smoothed_losses(opt_state: PyTree) -> SmoothedLosses:
       >>> for loss in (3.0, 2.0, 1.5, 1.0, 1.2):
       ...     _, state = link.update({}, state, value=jnp.array(loss))
       >>> seen = smoothed_losses(state)
-      >>> seen.losses.tolist(), len(seen.grid), 2 < seen.minimum < 5
-      ([3.0, 2.0, 1.5, 1.0, 1.2000000476837158], 500, True)
+      >>> [round(loss, 4) for loss in seen.losses.tolist()], len(seen.grid), 2 < seen.minimum < 5
+      ([3.0, 2.0, 1.5, 1.0, 1.2], 500, True)
 
     Source: Kim et al. (2021), arXiv 2107.05855, figure 1, shows such a curve.
     """
@@ -80,9 +80,10 @@ def smoothed_losses(opt_state: PyTree) -> SmoothedLosses:
         by_steps=int(state.first_increment) <= 1,
         end=float(state.peak_position) if ended else float("nan"),
     )
-    if int(state.tests_made) == 0 or count < 2:
+    if int(state.last_warmup_test.tests_made) == 0 or count < 2:
         return seen
-    if isinstance(state.smoother_state, RbfFit):
+    fit = state.warmup_memory.smoother_state
+    if isinstance(fit, RbfFit):
         smoother, span = rbf_smoother(), seen.end if ended else float(as_int(state.autowu_clock))
         chosen = np.unique(np.linspace(0, count - 1, min(count, _MOST_EXACT)).astype(int))
         positions, losses = positions[chosen], losses[chosen]
@@ -90,7 +91,7 @@ def smoothed_losses(opt_state: PyTree) -> SmoothedLosses:
         smoother, span = quasisep_smoother(), float(positions[-1])
     with jax.numpy_rank_promotion("allow"):
         grid, posterior = smoother.posterior(
-            state.smoother_state, np.float32(positions / span), np.float32(losses), len(losses)
+            fit, np.float32(positions / span), np.float32(losses), len(losses)
         )
     mean = np.asarray(posterior.mean, np.float64)
     points = span * np.asarray(grid, np.float64)
@@ -109,5 +110,5 @@ def _on_host(state: ScaleByAutowuState) -> ScaleByAutowuState:
         state,
         is_leaf=lambda node: not isinstance(node, tuple),
     )
-    stacked = bare.tests_made.ndim
+    stacked = bare.autowu_learning_rate.ndim
     return jax.tree.map(lambda x: x[(0,) * stacked], bare) if stacked else bare

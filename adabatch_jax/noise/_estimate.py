@@ -12,6 +12,15 @@ import jax.numpy as jnp
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, to_varying, varying_axes
 from adabatch_jax._tree import cast_like
+from adabatch_jax.noise._accumulate import (
+    Tally,
+    accumulate,
+    first,
+    pool_devices,
+    pool_leading,
+    prepare,
+    single,
+)
 from adabatch_jax.noise._arguments import (
     check_bools,
     check_in_turn,
@@ -24,15 +33,6 @@ from adabatch_jax.noise._arguments import (
 from adabatch_jax.noise._aux import join_aux, split_aux
 from adabatch_jax.noise._gradient_noise import GradientNoise, unless_measured
 from adabatch_jax.noise._groups import group_sizes, leading_shape
-from adabatch_jax.noise._tally import (
-    Tally,
-    accumulate,
-    first,
-    pool_devices,
-    pool_leading,
-    prepare,
-    single,
-)
 
 PyTree = Any
 
@@ -251,7 +251,7 @@ def estimator(
                 sizes = sizes if count is None else jnp.where(jnp.arange(at_once) < bound, sizes, 0)
                 total, project = batch(groups, sizes, masked=masked)
             else:
-                each = lambda group, sizes: batch(group, sizes, masked=True)[0]  # noqa: E731
+                each = lambda group, sizes: batch(group, sizes, masked=True)[0]
                 total = over_groups(bound, each, measure, together=True)
         total = pool_devices(total, axes)
         mean = cast_like(total.noise.mean, params)
@@ -262,7 +262,7 @@ def estimator(
             direction = to_varying(jax.tree.map(jnp.conj, mean), varying_axes(params))
 
             def projection(group: PyTree, size: jax.Array) -> Tally:
-                loss = lambda p: loss_parts(p, group)[0]  # noqa: E731
+                loss = lambda p: loss_parts(p, group)[0]
                 value, along = jax.jvp(loss, (params,), (direction,))
                 return Tally(single(along, size), value, (), (), ())
 
@@ -286,7 +286,7 @@ def estimator(
         value = jnp.where(noise.num_examples == 0, jnp.nan, total.value)
         if not has_aux:
             return value, noise
-        of_first = lambda g: loss_fn(parts.whole(params), first(g, ndim), *args)[1]  # noqa: E731
+        of_first = lambda g: loss_fn(parts.whole(params), first(g, ndim), *args)[1]
         shape = jax.eval_shape(of_first, groups)
         return (value, join_aux(where, shape, sum_aux, total[2:])), noise
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, reshard_like, to_varying, varying_axes
 from adabatch_jax._tree import abs_squared, cast_like, squared_norm, widen
+from adabatch_jax.noise._accumulate import Tally, accumulate, first, pool_devices, prepare
 from adabatch_jax.noise._arguments import (
     check_bools,
     check_in_turn,
@@ -21,7 +22,6 @@ from adabatch_jax.noise._arguments import (
 )
 from adabatch_jax.noise._aux import join_aux, split_aux
 from adabatch_jax.noise._gradient_noise import GradientNoise
-from adabatch_jax.noise._tally import Tally, accumulate, first, pool_devices, prepare
 
 PyTree = Any
 
@@ -225,8 +225,11 @@ def value_and_grad_signs(
 
 def freedom_of_signs(number: Any, size: Any) -> Any:
     """k (n − 1)/(n + k − 2), rounded: the degrees of freedom of k sign vectors over n ≥ 1 examples."""
-    pairs = size + number - 2 + 1 // (size * number)  # 0 for one vector over one example
-    return (2 * number * (size - 1) + pairs) // (2 * pairs)
+    # From 1/ν = 1/k + (1 − 1/k)/(n − 1). Rounded as ⌊a/d + ½⌋ = (2a + d) // 2d, in integers, so that
+    # Python's and traced ones agree. Only for one vector over one example d is 0. There 1 // (n k) is 1,
+    # and 0 everywhere else, which makes that 0 degrees of freedom instead of 0/0.
+    denominator = size + number - 2 + 1 // (size * number)
+    return (2 * number * (size - 1) + denominator) // (2 * denominator)
 
 
 def _balanced_signs(key: jax.Array, num_signs: int, real: jax.Array, size: jax.Array) -> jax.Array:

@@ -90,8 +90,11 @@ def scale_by_adamp(
         def zeros(p: Any) -> jax.Array:
             return jnp.zeros(jnp.shape(p), jnp.float32)
 
-        moments = (jax.tree.map(zeros, params) for _ in range(2))
-        return ScaleByAdampState(jnp.zeros((), jnp.int32), *moments)
+        return ScaleByAdampState(
+            adamp_count=jnp.zeros((), jnp.int32),
+            adamp_mu=jax.tree.map(zeros, params),
+            adamp_nu=jax.tree.map(zeros, params),
+        )
 
     def update(
         updates: PyTree, state: ScaleByAdampState, params: PyTree | None = None

@@ -13,9 +13,9 @@ import optax
 from adabatch_jax import _validate
 from adabatch_jax.batch_size import Criterion, adapt_batch_size, norm_test
 from adabatch_jax.learning_rate import (
-    Kind,
+    DirectionTraits,
     WarmupEnd,
-    kind_of,
+    probe_direction,
     return_to_minimum,
     scale_by_batch_size,
     scale_by_improved_autowu,
@@ -134,12 +134,14 @@ def automatic(
         max_batch_size=max_batch_size,
         **{**BATCH_SIZE_OPTIONS, **batch_size_options},
     )
-    kind = Kind(scaling) if scaling else kind_of(direction, "automatic", _REMEDY)
-    scale = scale_by_batch_size(kind.scaling, base_batch_size=initial_batch_size)
+    traits = (
+        DirectionTraits(scaling) if scaling else probe_direction(direction, "automatic", _REMEDY)
+    )
+    scale = scale_by_batch_size(traits.scaling, base_batch_size=initial_batch_size)
     found = dict(
         max_warmup_fraction=WARMUP,
-        max_relative_step=kind.max_relative_step,
-        **kind.autowu_options,
+        max_relative_step=traits.max_relative_step,
+        **traits.autowu_options,
     )
     options = {**found, **(autowu_options or {})}
     too_short = _too_short(options["max_warmup_fraction"], total_examples, initial_batch_size)
@@ -149,7 +151,7 @@ def automatic(
             stacklevel=2,
         )
         step = (autowu_options or {}).get("max_relative_step")
-        step = _STEP_WITHOUT_SEARCH[kind.peak_factor] if step is None else step
+        step = _STEP_WITHOUT_SEARCH[traits.peak_factor] if step is None else step
         options |= dict(max_warmup_fraction=0.0, max_relative_step=step, ramp_fraction=0.0)
     schedule = scale_by_improved_autowu(
         total_examples=total_examples, initial_batch_size=initial_batch_size, **options

@@ -118,10 +118,16 @@ def scale_by_batch_adam(
         def zeros_of_mean(p: Any) -> jax.Array:
             return jnp.zeros(jnp.shape(p), _wide(p))
 
-        used = (rule(default_base, default_base) for rule in rules)
-        weights = (jnp.zeros((), jnp.float32) for _ in range(2))
-        moments = (jax.tree.map(kind, params) for kind in (zeros_of_mean, zeros))
-        return ScaleByBatchAdamState(*used, *weights, *moments)
+        beta_1, beta_2, epsilon = (rule(default_base, default_base) for rule in rules)
+        return ScaleByBatchAdamState(
+            batch_adam_beta1=beta_1,
+            batch_adam_beta2=beta_2,
+            batch_adam_eps=epsilon,
+            batch_adam_weight1=jnp.zeros((), jnp.float32),
+            batch_adam_weight2=jnp.zeros((), jnp.float32),
+            batch_adam_mu=jax.tree.map(zeros_of_mean, params),
+            batch_adam_nu=jax.tree.map(zeros, params),
+        )
 
     def update(
         updates: PyTree,

@@ -103,5 +103,5 @@ def test_no_noise_breaks_a_promise(name, given_noises, held):
 
     assert metrics(state)["num_examples"] == given_noises.num_examples.sum()
     assert int(get_batch_size(state)) == sizes[-1]
-    for leaf in jax.tree.leaves((state.evidence_ema, state.evidence_weight, state.display_ema)):
+    for leaf in jax.tree.leaves((state.size_memory, state.last_size_test.display_ema)):
         assert np.all(np.isfinite(leaf))  # NaN never gets into an average

@@ -147,14 +147,14 @@ def test_every_status_and_every_counter_is_that_of_the_model(name):
     wanted[given["held"]] = BatchSizeStatus.HELD
     wanted[~due] = BatchSizeStatus.NOT_TESTED
     wanted[full] = BatchSizeStatus.AT_MAXIMUM
-    np.testing.assert_array_equal(state.test_status, wanted)
+    np.testing.assert_array_equal(state.last_size_test.test_status, wanted)
     assert set(np.unique(wanted).tolist()) >= {*map(int, BatchSizeStatus)} - {
         BatchSizeStatus.NOT_TESTED,
         BatchSizeStatus.AT_MAXIMUM,
     }
     tested = due & ~given["held"] & ~full
     np.testing.assert_array_equal(sizes[~tested | unusable], before(sizes)[~tested | unusable])
-    np.testing.assert_array_equal(state.skipped_tests, np.cumsum(tested & unusable))
+    np.testing.assert_array_equal(state.last_size_test.skipped_tests, np.cumsum(tested & unusable))
     np.testing.assert_array_equal(state.updates_seen, np.arange(1, STEPS + 1))
 
     used = before(sizes).astype(np.int64)
@@ -169,7 +169,9 @@ def test_every_status_and_every_counter_is_that_of_the_model(name):
 def test_every_decision_is_that_of_the_averages_in_float64(name):
     state, examples, square = soaked(name)
     options, given, sizes = options_of(name), drawn(), state.next_batch_size.astype(np.int64)
-    decided = np.isin(state.test_status, [BatchSizeStatus.PASSED, BatchSizeStatus.CHANGED])
+    decided = np.isin(
+        state.last_size_test.test_status, [BatchSizeStatus.PASSED, BatchSizeStatus.CHANGED]
+    )
     square, examples = square[decided].astype(np.float64), np.maximum(examples[decided], 1)
     trace = (given["level"] * given["square"])[decided].astype(np.float64)
     population = options.get("dataset_size", np.inf)
@@ -183,10 +185,10 @@ def test_every_decision_is_that_of_the_averages_in_float64(name):
 
     numerator, denominator = average(trace), average(square - bias)
     rounding = 3e-6 * average(square)  # of a difference of numbers as large as that
-    np.testing.assert_allclose(state.test_numerator[decided], numerator, rtol=3e-6)
-    assert (np.abs(state.test_denominator[decided] - denominator) <= rounding).all()
+    np.testing.assert_allclose(state.last_size_test.test_numerator[decided], numerator, rtol=3e-6)
+    assert (np.abs(state.last_size_test.test_denominator[decided] - denominator) <= rounding).all()
 
-    required = state.required_batch_size[decided].astype(np.float64)
+    required = state.last_size_test.required_batch_size[decided].astype(np.float64)
     scale = 1.0 if name == "data set" else ETA**2
     clear = denominator > 1e3 * rounding
     ratio = numerator[clear] / (scale * denominator[clear])
@@ -219,7 +221,7 @@ def test_nothing_that_is_not_a_number_enters_the_state(name):
     state, _, _ = soaked(name)
     for leaf in jax.tree.leaves(state):
         assert not np.isnan(leaf).any()
-    averages = (state.evidence_ema, state.evidence_weight, state.display_ema)
+    averages = (*state.size_memory[:2], state.last_size_test.display_ema)
     for leaf in jax.tree.leaves(averages):
         assert np.isfinite(leaf).all()
 

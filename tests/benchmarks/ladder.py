@@ -87,7 +87,7 @@ def ours(way: str, config: TrainConfig, dataset: Dataset) -> tuple[float, float,
 
 def plain_step(run: Run, optimizer: Any) -> Callable[..., Any]:
     def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
-        loss = lambda p: jnp.mean(losses_and_logits(run.apply, p, x, y)[0])  # noqa: E731
+        loss = lambda p: jnp.mean(losses_and_logits(run.apply, p, x, y)[0])
         value, gradient = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value

@@ -49,7 +49,7 @@ def test_what_is_no_real_array_is_named(function, kind):
 
 def test_a_model_of_equinox_is_told_its_remedy_and_follows_it():
     model = eqx.nn.MLP(2, "scalar", 3, 1, key=KEY)
-    whole = lambda m, x: jnp.mean(jax.vmap(m)(x) ** 2)  # noqa: E731
+    whole = lambda m, x: jnp.mean(jax.vmap(m)(x) ** 2)
     with pytest.raises(ValueError, match=r"activation is no array.*eqx\.partition"):
         adabatch.hessian_vector_product(whole, model, jnp.ones((4, 2)))
     arrays, rest = eqx.partition(model, eqx.is_inexact_array)
@@ -62,7 +62,7 @@ def test_a_model_of_equinox_is_told_its_remedy_and_follows_it():
 def test_nothing_healthy_is_nan():
     """Not even on the way: jax_debug_nans looks at every number that leaves a program."""
     with jax.debug_nans(True):
-        quadratic = lambda w, x: 0.5 * jnp.mean(x) * jnp.sum(w**2)  # noqa: E731
+        quadratic = lambda w, x: 0.5 * jnp.mean(x) * jnp.sum(w**2)
         product = adabatch.hessian_vector_product(quadratic, jnp.ones(3), GROUPS)
         found = adabatch.lanczos_spectrum(product, jnp.ones(3), KEY, num_steps=4)
         adabatch.spectral_density(found)

@@ -104,7 +104,7 @@ def test_one_compilation_serves_every_count_and_what_is_left_out_may_be_nan():
 def test_memory_does_not_grow_with_the_number_of_micro_batches():
     def temporary(num):
         x, y = jnp.zeros((num, 256, 5)), jnp.zeros((num, 256), jnp.int32)
-        fn = lambda p, x, y, v: adabatch.hessian_vector_product(loss, p, x, y, count=num)(v)  # noqa: E731
+        fn = lambda p, x, y, v: adabatch.hessian_vector_product(loss, p, x, y, count=num)(v)
         return (
             jax.jit(fn).lower(PARAMS, x, y, PARAMS).compile().memory_analysis().temp_size_in_bytes
         )

@@ -75,7 +75,7 @@ def test_a_bulk_far_below_an_outlier_is_seen():
 
 def test_arrays_without_entries_change_nothing():
     a, none = matrix([3.0, 1.0, -2.0]), jnp.zeros((0, 4))
-    multiply = lambda v: {"w": a @ v["w"], "none": v["none"]}  # noqa: E731
+    multiply = lambda v: {"w": a @ v["w"], "none": v["none"]}
     params = {"w": jnp.ones(3), "none": none}
     for start in (None, params):
         found, vector = adabatch.top_eigenvector(multiply, params, KEY, num_steps=3, start=start)
@@ -122,7 +122,7 @@ def test_the_density_of_a_zero_matrix_is_a_peak_at_zero():
 
 def test_pytrees_bfloat16_and_float64():
     diagonal = {"a": jnp.array([4.0, 1.0]), "b": jnp.array([[2.0], [-1.0]])}
-    multiply = lambda v: jax.tree.map(jnp.multiply, diagonal, v)  # noqa: E731
+    multiply = lambda v: jax.tree.map(jnp.multiply, diagonal, v)
     for dtype in (jnp.float32, jnp.bfloat16):
         params = jax.tree.map(lambda x, d=dtype: x.astype(d), diagonal)
         found = adabatch.lanczos_spectrum(multiply, params, KEY, num_steps=4)
@@ -172,7 +172,7 @@ def test_no_parameters_are_an_error():
 def test_a_given_start_is_used_whatever_its_length(scale):
     """From a sum of two eigenvectors, two steps know both eigenvalues, and their weights."""
     start = scale * jnp.array([3.0, 0.0, 4.0, 0.0])
-    multiply = lambda v: jnp.array([5.0, 9.0, -1.0, 7.0]) * v  # noqa: E731
+    multiply = lambda v: jnp.array([5.0, 9.0, -1.0, 7.0]) * v
     found = adabatch.lanczos_spectrum(multiply, start, KEY, num_steps=2, start=start)
     np.testing.assert_allclose(found.eigenvalues, [[-1.0, 5.0]], atol=1e-5)
     np.testing.assert_allclose(found.weights, [[0.64, 0.36]], atol=1e-5)
@@ -201,7 +201,7 @@ def test_the_top_eigenvector_has_the_residual_it_claims():
 
 def test_a_run_that_ends_early_gives_its_top_eigenvector():
     diagonal = {"a": jnp.array([4.0, 1.0]), "b": jnp.array([[2.0], [-5.0]])}
-    multiply = lambda v: jax.tree.map(jnp.multiply, diagonal, v)  # noqa: E731
+    multiply = lambda v: jax.tree.map(jnp.multiply, diagonal, v)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), diagonal)
     found, vector = adabatch.top_eigenvector(multiply, half, KEY, num_steps=9)
     assert vector["a"].dtype == jnp.float32
@@ -243,7 +243,7 @@ def test_the_basis_is_not_copied():
     """Memory of a run is that of its vectors: copies of the basis would double or quadruple it."""
 
     def temporary(steps):
-        run = lambda d, k: adabatch.lanczos_spectrum(lambda v: d * v, d, k, num_steps=steps)  # noqa: E731
+        run = lambda d, k: adabatch.lanczos_spectrum(lambda v: d * v, d, k, num_steps=steps)
         program = jax.jit(run).lower(jnp.ones((256, 256)), KEY).compile()
         return program.memory_analysis().temp_size_in_bytes
 

@@ -63,7 +63,7 @@ import numpy as np
 from automatic_verdict_runs import Task, constant, keep_compiled, run
 from common import run_all, save_table
 
-from adabatch_jax.learning_rate import Kind, kind_of
+from adabatch_jax.learning_rate import DirectionTraits, probe_direction
 from adabatch_jax.optimizers import _automatic
 
 TASK = Task("fashion-mlp", "fashion-mnist", "mlp", 5, ("adam", "momentum", "adadagrad", "lamb"))
@@ -107,15 +107,15 @@ def automatic_run(task: Task, optimizer: str, first: int, way: Way, seed: int) -
     """One run with other defaults than the package's."""
     options = dict(initial_batch_size=first, eta=way.eta, growth_limit=way.growth_limit)
 
-    def kind(*given: Any) -> Kind:
-        found = kind_of(*given)
+    def probe(*given: Any) -> DirectionTraits:
+        found = probe_direction(*given)
         if found.max_relative_step is not None:
             found = found._replace(max_relative_step=way.longest)
         if way.factor is not None:
             return found._replace(peak_factor=way.factor, peak_at="minimum")
         return found._replace(peak_factor=way.part * found.peak_factor)
 
-    with mock.patch.multiple(_automatic, WARMUP=way.warmup, kind_of=kind):
+    with mock.patch.multiple(_automatic, WARMUP=way.warmup, probe_direction=probe):
         return run(task, False, seed, optimizer=optimizer, auto=True, **options)
 
 

@@ -87,7 +87,7 @@ def make_optimizer(task: Task, mode: str, steps: int) -> optax.GradientTransform
         return adabatch.return_to_minimum(optax.chain(direction, link))
 
     def scheduled(learning_rate: float) -> optax.GradientTransformation:
-        schedule = lambda t: learning_rate * optax.cosine_decay_schedule(1.0, steps)(t)  # noqa: E731
+        schedule = lambda t: learning_rate * optax.cosine_decay_schedule(1.0, steps)(t)
         return optax.chain(direction, optax.scale_by_learning_rate(schedule))
 
     return scheduled  # one compilation serves the grid: the rate is an argument of the run

@@ -143,7 +143,7 @@ def noise(net: str, state: str, out: Path) -> Result:
     """ν² by the library's two probes."""
     params, (x, y) = parameters(net, state, out), examples()
     groups = (x.reshape(-1, GROUP, 28, 28), y.reshape(-1, GROUP))
-    loss_fn = lambda p, group: network(net)[1](p, *group)  # noqa: E731
+    loss_fn = lambda p, group: network(net)[1](p, *group)
     probe = jax.jit(
         lambda params, key, groups, name: adabatch.hessian_noise(
             loss_fn, params, groups, key, probe=name
@@ -188,7 +188,7 @@ def ends(operator: Any, params: Any, key: jax.Array, directions: jax.Array, step
     spectrum, top = lanczos(operator.linear(), random_unit(key, params), steps)
     high, low = jnp.argmax(spectrum.eigenvalues), jnp.argmin(spectrum.eigenvalues)
     overlaps = jnp.square(directions @ ravel_pytree(top)[0])
-    at = lambda i: (spectrum.eigenvalues[i], spectrum.residuals[i])  # noqa: E731
+    at = lambda i: (spectrum.eigenvalues[i], spectrum.residuals[i])
     return (*at(high), *at(low), overlaps)
 
 

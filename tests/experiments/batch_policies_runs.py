@@ -237,7 +237,7 @@ def _evaluate(apply, params, x, y):
         return losses.mean(), jnp.mean(jnp.argmax(logits, axis=-1) == xy[1])
 
     # Parts that fit the cache: a CNN takes half the time of a tenth of the examples at once.
-    pieces = lambda a: a.reshape(100, -1, *a.shape[1:])  # noqa: E731
+    pieces = lambda a: a.reshape(100, -1, *a.shape[1:])
     return jax.tree.map(jnp.mean, jax.lax.map(part, (pieces(x), pieces(y))))
 
 

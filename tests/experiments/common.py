@@ -55,7 +55,7 @@ def make_accuracy(apply: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         def part(xy: tuple[jax.Array, jax.Array]) -> jax.Array:
             return jnp.mean(jnp.argmax(apply(params, xy[0]), axis=-1) == xy[1])
 
-        split = lambda a: a.reshape(10, -1, *a.shape[1:])  # noqa: E731
+        split = lambda a: a.reshape(10, -1, *a.shape[1:])
         return jnp.mean(jax.lax.map(part, (split(x), split(y))))
 
     return accuracy
@@ -112,7 +112,7 @@ def save_table(
     write_csv(folder / "table.csv", short)
     if copy is not None:
         before = read_csv(copy) if task and copy.exists() else []
-        name = lambda row: tuple(str(row[column]) for column in task)  # noqa: E731
+        name = lambda row: tuple(str(row[column]) for column in task)
         made = {name(row) for row in short}
         write_csv(copy, [row for row in before if name(row) not in made] + short)
 

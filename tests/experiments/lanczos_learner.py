@@ -99,7 +99,7 @@ def compiled(name: str, mode: str) -> tuple[Callable[..., Any], Callable[..., An
         def step(carry, index):
             params, state = carry
             value, gradient = jax.value_and_grad(loss_fn)(params, x[index], y[index])
-            value_fn = lambda p: loss_fn(p, *curvature_batch)  # noqa: E731
+            value_fn = lambda p: loss_fn(p, *curvature_batch)
             updates, state = optimizer.update(gradient, state, params, value_fn=value_fn)
             return (optax.apply_updates(params, updates), state), value
 

@@ -161,7 +161,7 @@ def top(point, root, groups, key):
 @jax.jit
 def noise(point, root, groups, key):
     """ν² of the same matrix."""
-    loss = lambda u, batch: scaled_loss(u, batch, point, root)  # noqa: E731
+    loss = lambda u, batch: scaled_loss(u, batch, point, root)
     zero = jax.tree.map(jnp.zeros_like, point)
     return adabatch.hessian_noise(loss, zero, groups, key, num_steps=20)
 

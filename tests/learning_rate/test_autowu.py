@@ -13,28 +13,12 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import AutowuPhase, WarmupEnd
-from adabatch_jax.learning_rate import _autowu, _improved
+from adabatch_jax.learning_rate import _autowu, _autowu_preset
 from adabatch_jax.learning_rate._divergence import follow, no_level
-from adabatch_jax.learning_rate._minimum import Draws
+from adabatch_jax.learning_rate._posterior_test import Draws
 from tests.learning_rate.losses import BOWL, FALLING, T
 
 RNG = np.random.default_rng(0)
-
-
-def as_they_are():
-    """A smoother that does not smooth: the schedule is tested on it, and a program compiles at once."""
-
-    def test(state, x, y, count, *_):
-        lowest = jnp.argmin(jnp.where(jnp.arange(y.size) < count, y, jnp.inf))
-        past = (y[count - 1] > y[lowest]).astype(jnp.float32)
-        return state, Draws(past[None], x[lowest][None], x[lowest][None])
-
-    return _autowu.rbf_smoother()._replace(test=test)
-
-
-@pytest.fixture(autouse=True)
-def _smoother_for_tests(monkeypatch):
-    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", as_they_are)
 
 
 @functools.cache  # equal options, the same link, hence the same compiled program
@@ -90,7 +74,7 @@ def test_at_the_limit_the_last_rate_decays():
     expected = rise(30)[-1] * 0.5 * (1 + np.cos(np.pi * (t - 29) / 30))
     np.testing.assert_allclose(states.autowu_learning_rate[30:], expected, rtol=1e-4, atol=1e-7)
     assert int(states.warmup_end[-1]) == WarmupEnd.AT_LIMIT
-    assert int(states.tests_made[-1]) == 5  # at 5, 10, … 25, and none at the limit
+    assert int(states.last_warmup_test.tests_made[-1]) == 5  # at 5, 10, … 25, and none at the limit
     assert states.autowu_phase.tolist() == [AutowuPhase.WARMUP] * 30 + [AutowuPhase.DECAY] * 30
 
 
@@ -138,7 +122,7 @@ def test_the_peak_may_lie_above_or_below_the_rate_at_the_minimum():
     def last(factor):
         options = dict(patience=2, peak_factor=factor)
         link = schedule.__wrapped__(**options)
-        step = lambda s, v: (link.update({}, s, value=v)[1], None)  # noqa: E731
+        step = lambda s, v: (link.update({}, s, value=v)[1], None)
         return jax.lax.scan(step, link.init({}), jnp.float32(BOWL))[0]
 
     states = jax.jit(lambda x: jax.lax.map(last, x))(jnp.array([0.5, 1.0, 1.5, 100.0]))
@@ -184,7 +168,7 @@ def test_a_confirmed_rate_is_the_lower_of_the_last_two_tests(monkeypatch, first,
         earliest = jnp.where(count <= 5, first, 0.3)
         return state, Draws(jnp.ones(1), jnp.full(1, 0.9), earliest[None])
 
-    known = lambda: _autowu.rbf_smoother()._replace(test=test)  # noqa: E731
+    known = lambda: _autowu.rbf_smoother()._replace(test=test)
     monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", known)
     _, states = run(schedule.__wrapped__(patience=2, peak_at="confirmed"), BOWL)
     last = float(states.autowu_learning_rate[step])
@@ -206,7 +190,7 @@ def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
     link = adabatch.scale_by_improved_autowu(total_steps=5 * w)
 
     def end_of(losses):
-        step = lambda s, v: (link.update({}, s, value=v)[1], None)  # noqa: E731
+        step = lambda s, v: (link.update({}, s, value=v)[1], None)
         return jax.lax.scan(step, link.init({}), losses)[0].peak_position
 
     ends = jax.jit(lambda x: jax.lax.map(end_of, x))(jnp.float32(curve + 0.3 * noise))
@@ -214,7 +198,7 @@ def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
 
 
 def test_the_preset_goes_as_far_beyond_as_suits_the_direction(monkeypatch):
-    monkeypatch.setattr(_improved, "scale_by_autowu", lambda **options: options["peak_factor"])
+    monkeypatch.setattr(_autowu_preset, "scale_by_autowu", lambda **options: options["peak_factor"])
     preset = functools.partial(adabatch.scale_by_improved_autowu, total_steps=100)
     lamb = optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio())
     assert preset() == preset(direction=optax.scale_by_adam()) == 4.0
@@ -372,8 +356,10 @@ def test_the_seed_decides_the_draws():
         run(adabatch.scale_by_autowu(seed=s, **options), losses)[1] for s in (3, 3, 4)
     )
     chex.assert_trees_all_equal(first, again)
-    assert int(first.tests_made[-1]) == 2
-    assert (first.minimum_probability != other.minimum_probability).any()
+    assert int(first.last_warmup_test.tests_made[-1]) == 2
+    assert (
+        first.last_warmup_test.minimum_probability != other.last_warmup_test.minimum_probability
+    ).any()
 
 
 def counted(monkeypatch):
@@ -410,7 +396,7 @@ def test_the_test_runs_when_it_is_due_and_at_most_once_per_optimizer_step(monkey
         state = step(state, jnp.float32(RNG.normal()), jnp.float32(loss))
     jax.effects_barrier()
     inner = state.inner_opt_state[1]
-    assert len(calls) == int(inner.tests_made) == 14  # of 60 steps in 240 calls
+    assert len(calls) == int(inner.last_warmup_test.tests_made) == 14  # of 60 steps in 240 calls
     assert int(inner.warmup_end) == WarmupEnd.AT_LIMIT
 
 
@@ -446,7 +432,11 @@ def test_a_factorisation_that_fails_is_a_no_and_is_counted(monkeypatch):
     monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", failing)
     _, states = run(schedule.__wrapped__(patience=1), BOWL)
     assert int(states.warmup_end[-1]) == WarmupEnd.AT_LIMIT
-    assert int(states.failed_draws[-1]) == 3 * int(states.tests_made[-1]) == 15
+    assert (
+        int(states.last_warmup_test.failed_draws[-1])
+        == 3 * int(states.last_warmup_test.tests_made[-1])
+        == 15
+    )
 
 
 @pytest.mark.slow
@@ -471,7 +461,10 @@ def test_nothing_that_is_reported_is_nan():
         for loss in np.float32(BOWL):
             shown = adabatch.metrics(state := step(state, loss))
             assert all(np.isfinite(v) for v in shown.values())
-    assert int(state.tests_made) > 0 and int(shown["warmup_end"]) == WarmupEnd.AT_LIMIT
+    assert (
+        int(state.last_warmup_test.tests_made) > 0
+        and int(shown["warmup_end"]) == WarmupEnd.AT_LIMIT
+    )
 
 
 def test_a_loss_is_one_number():

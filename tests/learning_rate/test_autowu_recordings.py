@@ -47,7 +47,7 @@ def replay(recording, losses, **more):
 
     def step(state, loss):
         _, state = link.update({}, state, value=loss)
-        shown = state._replace(loss_history=(), smoother_state=(), loss_level=())
+        shown = state._replace(loss_history=(), warmup_memory=(), loss_level=())
         return state, shown
 
     return jax.jit(lambda s, x: jax.lax.scan(step, s, x)[1])(link.init({}), jnp.asarray(losses))
@@ -65,9 +65,13 @@ def test_without_random_draws_every_number_is_theirs(name):
     highest = theirs[recording["first_step_after_warmup"] :].max()
     np.testing.assert_array_less(np.abs(rates - theirs), 1e-4 * np.maximum(theirs, 0.01 * highest))
     for count, probability, location in recording["tests"]:
-        assert abs(float(states.minimum_probability[count - 1]) - probability) < 2e-3
-        assert abs(float(states.minimum_location[count - 1]) - location) < 1.5 / 499
-    assert int(states.tests_made[-1]) == len(recording["tests"])
+        assert (
+            abs(float(states.last_warmup_test.minimum_probability[count - 1]) - probability) < 2e-3
+        )
+        assert (
+            abs(float(states.last_warmup_test.minimum_location[count - 1]) - location) < 1.5 / 499
+        )
+    assert int(states.last_warmup_test.tests_made[-1]) == len(recording["tests"])
 
 
 @pytest.mark.parametrize("seed", [0, 1])

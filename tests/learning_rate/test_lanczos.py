@@ -27,7 +27,7 @@ def follow(optimizer, curvatures, w=W, **extra_args):
 
     @jax.jit
     def step(w, state, c):
-        value_fn = lambda w: bowl(c, w)  # noqa: E731
+        value_fn = lambda w: bowl(c, w)
         updates, state = optimizer.update(
             jax.grad(value_fn)(w), state, w, value_fn=value_fn, **extra_args
         )
@@ -106,7 +106,7 @@ def test_the_unit_may_be_examples():
 
 def test_without_emit_it_waits():
     optimizer = link(refresh_every=1)
-    value_fn = lambda w: bowl(CURVATURES, w)  # noqa: E731
+    value_fn = lambda w: bowl(CURVATURES, w)
     state = optimizer.init(W)
     _, waiting = optimizer.update(W, state, W, value_fn=value_fn, emit=False)
     assert int(waiting.refreshes) == 0 and float(waiting.lanczos_learning_rate) == 0.0

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from adabatch_jax.learning_rate import _minimum, _quasisep, _rbf
-from adabatch_jax.learning_rate._minimum import Posterior, draw, probability_past_minimum
+from adabatch_jax.learning_rate import _posterior_test, _quasisep, _rbf
+from adabatch_jax.learning_rate._posterior_test import Posterior, draw, probability_past_minimum
 from adabatch_jax.learning_rate._quasisep import QuasisepFit, quasisep_smoother
 from adabatch_jax.learning_rate._rbf import RbfFit, rbf_smoother
 
@@ -324,7 +324,7 @@ def test_only_one_column_of_the_covariance_is_formed():
         for v in eqn.outvars
     }
     assert (100, 500) in shapes or (500, 100) in shapes or (100, 501) in shapes
-    assert max(np.prod(s) for s in shapes) < _minimum.NUM_POINTS**2
+    assert max(np.prod(s) for s in shapes) < _posterior_test.NUM_POINTS**2
 
 
 def _equations(jaxpr):

@@ -30,7 +30,7 @@ def alarmed():
 def test_what_is_not_measured_is_no_nan(alarmed, options, jit):
     groups = GROUPS.reshape(3, 2, 4, 3) if options.get("lanes") else GROUPS
     fn = value_and_grad_noise(loss_fn, **options)
-    run = lambda w, groups, wanted: fn(w, groups, measure=wanted)  # noqa: E731
+    run = lambda w, groups, wanted: fn(w, groups, measure=wanted)
     _, noise = (jax.jit(run) if jit else run)(jnp.ones(3), groups, jnp.bool_(False))
     assert float(noise.scatter) == -1
     assert np.isnan(noise.trace)
@@ -67,7 +67,7 @@ def test_a_merge_with_what_was_not_measured_is_not_measured():
 def test_without_jit_it_is_the_same(options):
     groups = GROUPS[:4].reshape(2, 2, 4, 3) if options.get("lanes") else GROUPS[:3]
     fn = value_and_grad_noise(loss_fn, **options)
-    run = lambda: fn(jnp.ones(3), groups, count=2, measure=jnp.bool_(True))  # noqa: E731
+    run = lambda: fn(jnp.ones(3), groups, count=2, measure=jnp.bool_(True))
     expected = jax.jit(run)()
     with jax.disable_jit():
         found = run()

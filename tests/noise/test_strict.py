@@ -37,7 +37,7 @@ def test_every_dtype_is_chosen(x64, sum_aux):
                 **options,
             )
             groups = x if "lanes" in options else x[:, 0]
-            run = lambda m, fn=fn, groups=groups: fn(params, groups, measure=m)  # noqa: E731
+            run = lambda m, fn=fn, groups=groups: fn(params, groups, measure=m)
             (value, aux), noise = jax.eval_shape(run, jnp.bool_(True))
             assert value.dtype == jnp.float32
             dtypes = {k: a.dtype for k, a in aux.items() if k != "key"}

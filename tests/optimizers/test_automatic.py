@@ -10,7 +10,7 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import AutowuPhase, WarmupEnd
-from adabatch_jax.learning_rate import kind_of
+from adabatch_jax.learning_rate import probe_direction
 
 MICRO, FIRST, LARGEST, TOTAL = 4, 32, 512, 40_000
 RNG = np.random.default_rng(0)
@@ -160,12 +160,12 @@ DIRECTIONS = {
 @pytest.mark.parametrize("name", DIRECTIONS)
 def test_rule_and_peak_suit_the_kind_of_direction(name):
     direction, rule, peak_factor = DIRECTIONS[name]
-    kind = kind_of(direction, "here", "do that")
-    factor = float(kind.scaling(jnp.float32(64.0), jnp.float32(16.0)))
+    traits = probe_direction(direction, "here", "do that")
+    factor = float(traits.scaling(jnp.float32(64.0), jnp.float32(16.0)))
     assert factor == {"sqrt": 2.0, "linear": 4.0}[rule]
-    assert kind.peak_factor == peak_factor
-    assert kind.peak_at == ("earliest" if peak_factor == 8.0 else "confirmed")
-    assert (kind.max_relative_step is None) == (peak_factor == 8.0)  # it shrinks by itself
+    assert traits.peak_factor == peak_factor
+    assert traits.peak_at == ("earliest" if peak_factor == 8.0 else "confirmed")
+    assert (traits.max_relative_step is None) == (peak_factor == 8.0)  # it shrinks by itself
 
 
 @pytest.mark.parametrize(

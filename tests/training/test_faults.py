@@ -169,9 +169,9 @@ def test_a_broken_device_breaks_the_merged_mean_of_a_fused_step():
 
     value, noise, state = jax.vmap(on_device, axis_name="data")(x[..., 0])
     assert np.isnan(value).all() and np.isnan(noise.mean).all()
-    assert (state.test_status == BatchSizeStatus.NOT_FINITE).all()
-    assert (state.next_batch_size == 8).all() and (state.skipped_tests == 1).all()
-    assert_finite((state.evidence_ema, state.evidence_weight, state.display_ema))
+    assert (state.last_size_test.test_status == BatchSizeStatus.NOT_FINITE).all()
+    assert (state.next_batch_size == 8).all() and (state.last_size_test.skipped_tests == 1).all()
+    assert_finite((*state.size_memory[:2], state.last_size_test.display_ema))
 
 
 # Dtypes and sizes ---------------------------------------------------------------------------

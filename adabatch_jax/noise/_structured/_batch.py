@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from adabatch_jax._axes import to_varying
 from adabatch_jax._tree import align, squared_norm, widen
+from adabatch_jax.noise._accumulate import Tally
 from adabatch_jax.noise._aux import Parts
 from adabatch_jax.noise._gradient_noise import GradientNoise
 from adabatch_jax.noise._structured._plan import make_plan
 from adabatch_jax.noise._structured._statistics import along, backward, squares, sums
-from adabatch_jax.noise._tally import Tally
 
 PyTree = Any
 PARTS = tuple[jax.Array, Parts]
@@ -78,13 +78,13 @@ def batch_tally(
 
     def known(tree: PyTree) -> PyTree:
         """0 where there was no example at all."""
-        here = lambda x: jnp.where(number > 0, x, jnp.zeros_like(x))  # noqa: E731
+        here = lambda x: jnp.where(number > 0, x, jnp.zeros_like(x))
         return jax.tree.map(here, tree) if masked else tree
 
     def measured() -> Any:
         norms, each, direct = squares(plan, leaves, signals, coordinate_wise)
         mean = mean_of(direct)
-        above = lambda s, q: jnp.maximum(n * n * s - n * q, 0.0).astype(jnp.float32)  # noqa: E731
+        above = lambda s, q: jnp.maximum(n * n * s - n * q, 0.0).astype(jnp.float32)
         coordinates = [above(each[i], jnp.square(m)) for i, m in enumerate(mean) if each]
         return direct, above(norms, squared_norm(mean)), coordinates
 

@@ -58,6 +58,10 @@ def make_plan(fn: Callable[..., Any], params: Sequence[Any], example: Sequence[A
     isometric, from_example = set(invars[:number]), set(invars[number:])
     uses: list[list[Use]] = [[] for _ in params]
 
+    # Variables are of three sorts: made of parameters alone (`behind` tells of which), made of constants
+    # alone, and dependent on the example. Only through the last do gradients of examples differ. So what
+    # happens to a parameter before it meets the example is left alone, and the operation where the two
+    # meet is a `Use`: its signal δ and its other operands say all about the example's gradient.
     for place, eqn in enumerate(jaxpr.eqns):
         operands = [v for v in eqn.invars if not isinstance(v, Literal)]
         made_of = frozenset().union(*(behind.get(v, frozenset()) for v in operands))
@@ -69,6 +73,8 @@ def make_plan(fn: Callable[..., Any], params: Sequence[Any], example: Sequence[A
             continue
         from_example.update(eqn.outvars)
         if made_of and any(map(_is_inexact, eqn.outvars)):
+            # A formula needs the parameter to be one operand, as it is. With two operands made of
+            # parameters, or one that was changed before, the gradient has to be formed.
             own = [
                 k for k, v in enumerate(eqn.invars) if not isinstance(v, Literal) and v in behind
             ]
@@ -114,6 +120,7 @@ def _is_inexact(v: Any) -> bool:
 
 def flattened(fn: Callable[..., Any], *args: Any) -> ClosedJaxpr:
     """The jaxpr of `fn`, with the calls of compiled and rematerialised functions written out."""
+    # Traced again, since inlining runs the inner jaxprs on tracers: the result has no calls left.
     closed = jax.make_jaxpr(fn)(*args)
     return jax.make_jaxpr(lambda *flat: _inlined(closed.jaxpr, closed.consts, flat))(
         *jax.tree.leaves(args)
@@ -162,7 +169,7 @@ def evaluate(
     for place, eqn in enumerate(jaxpr.eqns):
         operands = [read(env, v) for v in eqn.invars]
         env.update(zip(eqn.outvars, bind(eqn, operands), strict=True))
-        if place in taps:
+        if place in taps:  # what `backward` needs of it, before the tap stands in for its results
             varies = [not isinstance(v, Literal) and v in plan.example for v in eqn.invars]
             seen[place] = [x if yes else None for x, yes in zip(operands, varies, strict=True)]
             for v, tap in zip(plan.results(place), taps[place], strict=True):
@@ -174,6 +181,7 @@ def value_of(plan: Plan, variable: Any) -> Callable[[Sequence[Any]], Any]:
     """The function of the parameters that a variable is which does not depend on the example."""
     if isinstance(variable, Literal):
         return lambda params: variable.val
+    # The operations that it takes, found backwards from the variable; they run forwards again.
     needed, steps = {variable}, []
     for eqn in reversed(plan.jaxpr.eqns):
         if needed & set(eqn.outvars):

@@ -17,13 +17,15 @@ import numpy as np
 
 from adabatch_jax._tree import widen
 
+_REARRANGING = frozenset(
+    """broadcast_in_dim convert_element_type copy expand_dims optimization_barrier reshape rev squeeze
+    transpose""".split()  # noqa: SIM905
+)
+
 
 def rearranges(eqn: Any) -> bool:
     """Whether an operation keeps every entry of its operand, once, in whatever order and precision."""
-    if eqn.primitive.name not in {
-        *("convert_element_type", "copy", "reshape", "rev", "squeeze", "transpose"),
-        *("broadcast_in_dim", "expand_dims", "optimization_barrier"),
-    }:
+    if eqn.primitive.name not in _REARRANGING:
         return False
     source, target = eqn.invars[0].aval, eqn.outvars[0].aval
     inexact = jnp.issubdtype(target.dtype, jnp.floating)

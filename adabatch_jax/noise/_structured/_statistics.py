@@ -47,7 +47,7 @@ def backward(
     """
 
     def forward(taps: Any) -> tuple[jax.Array, Any]:
-        one = lambda example, taps: evaluate(plan, params, example, taps)  # noqa: E731
+        one = lambda example, taps: evaluate(plan, params, example, taps)
         results, seen = jax.vmap(one)(list(examples), taps)
         return results[0], (results, seen)
 
@@ -104,7 +104,7 @@ def along(
             others, deltas = given
             own = sorted(use.params)
             points, v = ([x[i] for i in own] for x in (params, direction))
-            run = lambda ps: _results(plan, _with(params, own, ps), use, others)  # noqa: E731
+            run = lambda ps: _results(plan, _with(params, own, ps), use, others)
             if is_program(plan.jaxpr.eqns[use.place]):  # it may have no forward mode
                 return _inner(jax.vjp(run, points)[1](deltas)[0], v)
             return _inner(deltas, jax.jvp(run, (points,), (v,))[1])
@@ -136,7 +136,7 @@ def _by_formula(
 
     def run(p: jax.Array) -> jax.Array:
         operand = value_of(plan, eqn.invars[k])(_with(params, [i], [p]))
-        one = lambda *xs: wide(eqn, *(operand if x is None else x for x in xs))  # noqa: E731
+        one = lambda *xs: wide(eqn, *(operand if x is None else x for x in xs))
         return jax.vmap(one)(*others)
 
     square = jax.vjp(run, widen(params[i]))[1](delta)[0]
@@ -226,12 +226,12 @@ def _pull_back(
     eqn = plan.jaxpr.eqns[use.place]
     k, gradient = use.operand, gradient_of(eqn, use.operand)
     if gradient and k is not None and not many:
-        run = lambda p: value_of(plan, eqn.invars[k])(_with(params, [i], [p]))  # noqa: E731
+        run = lambda p: value_of(plan, eqn.invars[k])(_with(params, [i], [p]))
         known = [x for x in others if x is not None]
         return jax.vjp(run, params[i])[1](gradient.function(eqn, known, *deltas))[0]
 
     def results(p: jax.Array) -> list[jax.Array]:
-        one = lambda others: _results(plan, _with(params, [i], [p]), use, others)  # noqa: E731
+        one = lambda others: _results(plan, _with(params, [i], [p]), use, others)
         return jax.vmap(one)(others) if many else one(others)
 
     return jax.vjp(results, params[i])[1](deltas)[0]

@@ -172,7 +172,7 @@ def test_float64_is_found(reader):
             assert found(reader, double, x64=True) == {"float64"}
         assert found(reader, literal, x64=True) == set()
         assert found(reader, literal) == {"float64"}
-        number = lambda x: x + jnp.sin(2.0)  # noqa: E731
+        number = lambda x: x + jnp.sin(2.0)
         assert found(reader, number, x64=True) == {"float64"}
         assert found(reader, number, x64=True, scalars=False) == set()
 
@@ -195,7 +195,7 @@ def test_of_float64_that_is_meant_only_the_bits_are_found(reader):
 def test_a_product_below_the_highest_precision_is_found(reader, precision):
     expected = set() if precision == "highest" else {"product"}
     assert found(reader, lambda x: jnp.matmul(x, x, precision=precision)) == expected
-    images = lambda x: jnp.convolve(x[0], x[1], precision=precision)  # noqa: E731
+    images = lambda x: jnp.convolve(x[0], x[1], precision=precision)
     assert found(reader, images) == {"product"}
 
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
-from adabatch_jax.learning_rate._minimum import in_floats_of
+from adabatch_jax.learning_rate._posterior_test import in_floats_of
 from adabatch_jax.learning_rate._quasisep import _fit, quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
 from adabatch_jax.training import SpectrumConfig

@@ -28,7 +28,7 @@ def of_linen(net, x, num_classes=5):
 
     @jax.jit
     def init(x):  # no zeros: a bias of zero would hide what is wrong about it
-        noisy = lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape)  # noqa: E731
+        noisy = lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape)
         return jax.tree.map(noisy, net.init(jax.random.key(0), x)["params"])
 
     params = init(x[:1])
@@ -87,7 +87,7 @@ class Scanned(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(4)(x)
-        body = lambda layer, carry: (nn.tanh(layer(carry)), None)  # noqa: E731
+        body = lambda layer, carry: (nn.tanh(layer(carry)), None)
         layers = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
         x, _ = layers(nn.Dense(4), x)
         return nn.Dense(5)(x)

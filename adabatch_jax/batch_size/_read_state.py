@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax._protocols import emits_steps, goes_back, reports_metrics
+from adabatch_jax._protocols import emits_steps, goes_back, is_record, reports_metrics
 from adabatch_jax.batch_size._state import AdaptBatchSizeState
 
 PyTree = Any
@@ -39,6 +39,8 @@ def _states(opt_state: PyTree) -> Iterator[Any]:
 def _read(state: Any, reader: str, *names: str) -> dict[str, Any]:
     """Scalar fields (all of them, unless named), freed from wrappers and from leading axes.
 
+    So are the fields of the records in it: see `ReportsMetrics`.
+
     The first field of every state that is read is a scalar, so its rank tells of axes that stand before:
     that of devices, whose copies are alike, or that of an ensemble, where no single number is right.
 
@@ -46,12 +48,19 @@ def _read(state: Any, reader: str, *names: str) -> dict[str, Any]:
       ValueError: the copies differ, or are traced, so that it cannot be seen.
     """
     stacked = jnp.ndim(jax.tree.leaves(state[0])[0])
-    found = {}
-    for name in names or state._fields:
-        leaves = jax.tree.leaves(getattr(state, name))
-        if len(leaves) == 1:
-            found[name] = _first(leaves[0], stacked, f"{reader} of {name}", reader)
-    return found
+
+    def freed(node: Any, names: tuple[str, ...]) -> dict[str, Any]:
+        found = {}
+        for name in names:
+            part = getattr(node, name)
+            leaves = jax.tree.leaves(part)
+            if is_record(name, part):
+                found[name] = part._replace(**freed(part, part._fields))
+            elif len(leaves) == 1:
+                found[name] = _first(leaves[0], stacked, f"{reader} of {name}", reader)
+        return found
+
+    return freed(state, names or state._fields)
 
 
 def _first_of(state: Any, tree: PyTree, name: str, reader: str) -> Any:

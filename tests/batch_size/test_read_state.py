@@ -22,7 +22,7 @@ from adabatch_jax import (
     scale_by_example_schedule,
     sqrt_scaling,
 )
-from adabatch_jax.batch_size._state import AdaptBatchSizeState
+from adabatch_jax.batch_size._state import AdaptBatchSizeState, SizeMemory, SizeRecord
 
 PARAMS = jnp.zeros(2)
 KEYS = {
@@ -287,7 +287,8 @@ def test_an_ensemble_over_learning_rates_is_seen_by_them():
 def test_copies_that_differ_by_rounding_read_like_one():
     state = controller().init(PARAMS)
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), state)
-    stacked = stacked._replace(display_ema=jnp.array([[8.0, 2.0], [8.0, 2.00001]]))
+    near = jnp.array([[8.0, 2.0], [8.0, 2.00001]])
+    stacked = stacked._replace(last_size_test=stacked.last_size_test._replace(display_ema=near))
     assert float(metrics(stacked)["noise_scale"]) == 4.0
 
 
@@ -347,7 +348,9 @@ def test_a_state_without_its_types_is_named(read, kind):
         read(bare)
 
 
-@pytest.mark.parametrize("name", AdaptBatchSizeState._fields)
+@pytest.mark.parametrize(
+    "name", [*AdaptBatchSizeState._fields, *SizeMemory._fields, *SizeRecord._fields]
+)
 def test_every_field_is_found_by_its_name(name):
     optimizer = adaptive_multi_steps(
         optax.chain(controller(smoothing=0.0), optax.adam(0.1)), micro_batch_size=8
@@ -358,15 +361,15 @@ def test_every_field_is_found_by_its_name(name):
 
 def test_tests_go_on_beyond_31_bits_of_updates(make_noise):
     link = controller(test_interval=3)
-    state = link.init(PARAMS)._replace(
-        updates_seen=jnp.int32(2**31 - 3), skipped_tests=jnp.int32(2**31 - 1)
+    state = optax.tree.set(
+        link.init(PARAMS), updates_seen=jnp.int32(2**31 - 3), skipped_tests=jnp.int32(2**31 - 1)
     )
     update, noise, tested = jax.jit(link.update), make_noise(num_groups=1), []
     for _ in range(7):
         _, state = update(noise.mean, state, noise=noise)
         tested.append(int(metrics(state)["test_status"]) == BatchSizeStatus.TOO_FEW_GROUPS)
     assert tested == [True, False, False, True, False, False, True]
-    assert int(state.updates_seen) == int(state.skipped_tests) == 2**31 - 1
+    assert int(state.updates_seen) == int(state.last_size_test.skipped_tests) == 2**31 - 1
     assert has_updated(state)
 
 

@@ -118,9 +118,10 @@ def return_to_minimum(
         updates, after = optimizer.update(updates, before, params, **extra_args)
         old, new = find_schedule(before, _WHERE), find_schedule(after, _WHERE)
         # Told from what changed in this very call: adaptive_multi_steps may drop what it did.
-        tested = new.tests_made > old.tests_made
+        seen = new.last_warmup_test
+        tested = seen.tests_made > old.last_warmup_test.tests_made
         rising = new.warmup_end == WarmupEnd.RUNNING
-        rate, at_present = new.autowu_learning_rate, new.minimum_location >= _PRESENT
+        rate, at_present = new.autowu_learning_rate, seen.minimum_location >= _PRESENT
         too_high = rate > new.bounded(rate)
         best = tested & rising & at_present & ~too_high
         past = (new.warmup_end == WarmupEnd.MINIMUM_PASSED) | (new.warmup_end == WarmupEnd.DIVERGED)

@@ -1,4 +1,13 @@
-"""What kind of direction this is: found by trying it."""
+"""What traits a direction has, found by trying it on one parameter.
+
+| question, in this order | answer of | tells |
+|---|---|---|
+| Is the step twice as long for twice the gradient? | SGD, momentum | linear |
+| Is it shorter after 256 steps on the same gradient than after 64? | AdaGrad | gathers squares |
+| Small gradients of 1, 2, 3 parts: do the steps lie on a rising line? | SGD behind a clip | linear |
+| Is it twice as long at a parameter twice as large? | LAMB | a part of the parameter |
+| None of these | Adam and the like | steps of one length |
+"""
 
 from __future__ import annotations
 
@@ -18,9 +27,15 @@ _PEAK_FACTOR_RELATIVE = 1.0  # steps that are a part of the parameters: LAMB
 _LONGEST_STEP = 0.125  # of the parameters
 _LARGE, _SMALL = 1e4, 1e-3  # gradients above and below any threshold of clipping
 _LATE = 256  # steps after which it is looked at whether a direction still shrinks
+# Thresholds between the answers. A step is twice as long as another, or as long: halfway, in ratios.
+_GROWS = 2**0.5
+# The root of a sum of squares halves a step from 64 steps to 256; averages of squares have settled by 64.
+_SHRUNK = 0.6
+# A clip is a straight line up to its end. Adam bends at any ε, and weight decay adds a constant.
+_FLAT, _STRAIGHT = 1e-4, 1e-3
 
 
-class Kind(NamedTuple):
+class DirectionTraits(NamedTuple):
     """How a rate follows the batch, and how AutoWU finds its peak; the bound is `automatic`'s alone."""
 
     scaling: Callable[..., Any]
@@ -34,8 +49,10 @@ class Kind(NamedTuple):
         return {"peak_factor": self.peak_factor, "peak_at": self.peak_at}
 
 
-def kind_of(direction: optax.GradientTransformation, where: str, remedy: str) -> Kind:
-    """Found by trying it: on a gradient, its double, the same again and again, on larger parameters.
+def probe_direction(
+    direction: optax.GradientTransformation, where: str, remedy: str
+) -> DirectionTraits:
+    """The traits, found on a gradient, its double, the same again and again, on larger parameters.
 
     The gradient is larger than what AdaGrad starts from. Clipping before or after counts for nothing,
     wherever its threshold is: where a large gradient says no more than another, small ones are tried.
@@ -82,17 +99,17 @@ def kind_of(direction: optax.GradientTransformation, where: str, remedy: str) ->
             f"{where}: direction turns a gradient of {_LARGE:g} into {once}: give it without sign and "
             "learning rate, optax.scale_by_adam() instead of optax.adam(1e-3)"
         )
-    linear = Kind(linear_scaling(), max_relative_step=_LONGEST_STEP)
-    if twice > 2**0.5 * once:
+    linear = DirectionTraits(linear_scaling(), max_relative_step=_LONGEST_STEP)
+    if twice > _GROWS * once:
         return linear
-    # By a half in four times as many steps; averages of squares have settled by then.
-    if runs[0][-1] < 0.6 * runs[0][_LATE // 4 - 1]:
+    if runs[0][-1] < _SHRUNK * runs[0][_LATE // 4 - 1]:
         # Its minimum moves up from test to test: the last knows it best.
-        return Kind(sqrt_scaling(), _PEAK_FACTOR_ACCUMULATED, "earliest")
-    # A clip is a straight line up to its end. Adam bends at any ε, and weight decay adds a constant.
+        return DirectionTraits(sqrt_scaling(), _PEAK_FACTOR_ACCUMULATED, "earliest")
     rise, next_rise = second - first, third - second
-    if rise > 1e-4 * first and abs(next_rise - rise) < 1e-3 * rise:
+    if rise > _FLAT * first and abs(next_rise - rise) < _STRAIGHT * rise:
         return linear
-    if larger > 2**0.5 * once:
-        return Kind(sqrt_scaling(), _PEAK_FACTOR_RELATIVE, max_relative_step=_LONGEST_STEP)
-    return Kind(sqrt_scaling(), max_relative_step=_LONGEST_STEP)
+    if larger > _GROWS * once:
+        return DirectionTraits(
+            sqrt_scaling(), _PEAK_FACTOR_RELATIVE, max_relative_step=_LONGEST_STEP
+        )
+    return DirectionTraits(sqrt_scaling(), max_relative_step=_LONGEST_STEP)

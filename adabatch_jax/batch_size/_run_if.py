@@ -17,7 +17,7 @@ from adabatch_jax._axes import to_varying, varying_axes
 PyTree = Any
 
 
-def at_most_once(
+def run_if(
     wanted: jax.Array,
     act: Callable[[jax.Array, PyTree], tuple[PyTree, PyTree]],
     like: PyTree,

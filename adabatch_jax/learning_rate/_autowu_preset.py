@@ -8,7 +8,7 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
-from adabatch_jax.learning_rate._kind import PEAK_FACTOR, PEAK_PLACE, kind_of
+from adabatch_jax.learning_rate._probe_direction import PEAK_FACTOR, PEAK_PLACE, probe_direction
 
 _DEFAULTS: dict[str, Any] = dict(
     patience=2,
@@ -90,6 +90,6 @@ def scale_by_improved_autowu(
     interval = max(1, int(max_warmup_fraction * int(total or 0) / num_tests))
     options: dict[str, Any] = {f"total_{unit}": total, f"{unit}_per_test": interval, **_DEFAULTS}
     if direction is not None:
-        kind = kind_of(direction, where, "give peak_factor= instead of direction=")
-        options |= kind.autowu_options
+        traits = probe_direction(direction, where, "give peak_factor= instead of direction=")
+        options |= traits.autowu_options
     return scale_by_autowu(max_warmup_fraction=max_warmup_fraction, **(options | autowu_options))

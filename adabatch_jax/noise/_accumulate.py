@@ -83,7 +83,7 @@ def pool(
     taken = tally.taken
     if jax.tree.leaves(taken):
         one = foremost(n > 0)
-        number = lambda x: x.astype(jnp.int32) if x.dtype == bool else x  # noqa: E731
+        number = lambda x: x.astype(jnp.int32) if x.dtype == bool else x
         taken = jax.tree.map(lambda x: total(number(kept(one, x))).astype(x.dtype), taken)
     return Tally(noise, value[0], averaged, summed, taken)
 
@@ -106,7 +106,13 @@ def accumulate(
 ) -> Tally:
     """Runs `compute(group, size)` over the first `bound` groups and merges the results.
 
-    `together`: it is given `vectorize` groups at once and their sizes, and gives what they add up to.
+    One of four loop bodies runs, chosen while tracing:
+
+    * `lane_step`, with `lanes`: group i of every lane, each merged into a tally of its own lane.
+    * `chunk_step` with `together`: `compute` takes a block of `vectorize` groups with their sizes and
+      returns their merged tally.
+    * `chunk_step`, if `vectorize` > 1: the groups of a block under `vmap`, pooled.
+    * `single_step` else: one group after the other.
     """
     groups, lane = side_by_side(groups) if lanes else (groups, None)
     _, sizes = groups
@@ -134,6 +140,9 @@ def accumulate(
     def single_step(i: jax.Array, so_far: Tally) -> Tally:
         return join(so_far, widened(*at(i)))
 
+    # Every body merges into what there is so far, so the loop starts from a tally of no examples: zeros,
+    # which a merge ignores. Their shapes are those of one result, which `eval_shape` finds without running
+    # `compute`. To start from the first group instead would compile `compute` twice, and need one group.
     if together:
         shapes = jax.eval_shape(widened, *jax.tree.map(lambda x: x[:vectorize], groups))
     else:
