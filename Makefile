@@ -22,7 +22,7 @@ test: ## the default tests, as README runs them
 test-all: ## every test
 	$(PYTEST) -m "" $(ARGS)
 
-slow: ## whole training runs, statistics over many seeds
+slow: ## whole training runs, many compilations, statistics over many draws
 	$(PYTEST) -m slow $(ARGS)
 
 devices: ## eight devices, and several processes
@@ -31,7 +31,7 @@ devices: ## eight devices, and several processes
 notebooks: ## every notebook, from a clean kernel
 	$(PYTEST) -m notebooks $(ARGS)
 
-soak: ## many thousand steps
+soak: ## many thousand steps, or a process that lives long
 	$(PYTEST) -m soak $(ARGS)
 
 lint: ## style, without changing anything
