@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import adabatch_jax
@@ -43,17 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             USAGE_ERROR,
         )
     said = io.StringIO()
+    commands: dict[str, Callable[..., Any]] = {
+        "train": training.TrainConfig,
+        "spectrum": training.SpectrumConfig,
+    }
     try:
         with contextlib.redirect_stderr(said):
             config = tyro.extras.subcommand_cli_from_dict(
-                {"train": training.TrainConfig, "spectrum": training.SpectrumConfig},
+                commands,
                 prog="adabatch-jax",
                 description="Train while the batch size follows the noise of the gradient, "
                 "and measure the curvature of what was trained.",
                 args=arguments,
             )
     except SystemExit as stop:
-        return _fail(_unboxed(said.getvalue()), USAGE_ERROR) if stop.code else 0
+        if not stop.code:
+            return 0
+        command = commands.get("".join(arguments[:1]), dict)
+        return _fail(_unboxed(said.getvalue(), command), USAGE_ERROR)
     except BrokenPipeError:
         # --help | head: what is left has no reader, and the flush at exit must not find that out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -157,9 +164,10 @@ _NO_CHOICE = r"invalid choice (.*) for argument '(--\S+)'\. Expected one of \((.
 _NO_VALUE = r"Missing value for argument .*?(--[\w-]+)"
 
 
-def _unboxed(text: str) -> str:
+def _unboxed(text: str, command: Callable[..., Any]) -> str:
     """One line out of the box that the argument parser draws around its message.
 
+    A wrong choice is said in the words of the configuration that `command` makes.
     The box holds a title, the message wrapped over some lines, a rule, and a pointer to --help. Where
     the output has no Unicode, it is drawn with minus signs, and the title has a rule below it.
     """
@@ -178,6 +186,11 @@ def _unboxed(text: str) -> str:
     if found := re.match(_NO_TYPE, said):
         return f"{found[1]} must be {_KINDS.get(found[2], found[2])}, got {found[3]}"
     if found := re.match(_NO_CHOICE, said):
+        field = {found[2].removeprefix("--").replace("-", "_"): found[1].strip("'")}
+        try:
+            command(**field)
+        except ValueError as error:
+            return str(error)
         # The parser holds them in a set, whose order differs from run to run.
         choices = sorted(c for c in re.findall(r"'(.*?)'", found[3]) if c != "None")
         return f"{found[2]} must be {' or '.join(choices)}, got {found[1]}"

@@ -44,13 +44,16 @@ IN_TRAINING: dict[str, set[str]] = {
     "step": {"data", "devices", "models"},
     "checkpoint": {"_files", "_options", "_run_state", "devices"},
     "spectrum": {"_files", "_options", "checkpoint", "data", "devices", "models", "plot"},
-    "_config_check": {"_options"},
-    "_config": {"_config_check", "_options"},
-    "_optimizer": {"_config"},
+    "_registry": set(),
+    "_config_check": {"_options", "_registry"},
+    "_config": {"_config_check", "_registry", "data", "models"},
+    "_plan": {"_config", "_config_check", "_options", "_registry", "data"},
+    "_optimizer": {"_plan", "_registry"},
 }
-IN_TRAINING["_loop"] = {"_config", "_optimizer", "_run_state"}
+IN_TRAINING["_loop"] = {"_config", "_optimizer", "_plan", "_run_state"}
 IN_TRAINING["_loop"] |= {"data", "devices", "models", "record", "step"}
-IN_TRAINING["_train"] = set(IN_TRAINING) - {"_config_check", "spectrum"}
+IN_TRAINING["_train"] = {"_config", "_files", "_loop", "_plan", "_run_state"}
+IN_TRAINING["_train"] |= {"checkpoint", "data", "devices", "plot", "record", "step"}
 IN_TRAINING[""] = set(IN_TRAINING)
 MAX_FILES_AT_THE_TOP = 12  # of training/
 

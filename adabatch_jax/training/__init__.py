@@ -1,7 +1,8 @@
 """Run it: real data in, a trained model and a record of every decision out.
 
 `train(TrainConfig(...))` is what `adabatch-jax train` calls; `run_steps` makes the same steps and
-writes nothing. `_train.py` puts the rooms below together, and `_loop.py` makes the steps.
+writes nothing. `resolve` makes a `RunPlan` of a configuration, once: everything below takes the plan.
+`register_optimizer`, `register_criterion` and `register_schedule` add choices of one's own.
 
 | room | question | holds |
 |---|---|---|
@@ -22,6 +23,12 @@ of the core know nothing of this one.
 from adabatch_jax.training._config import TrainConfig
 from adabatch_jax.training._loop import ProcessLost, run_steps
 from adabatch_jax.training._optimizer import build_criterion, build_optimizer
+from adabatch_jax.training._plan import RunPlan, resolve
+from adabatch_jax.training._registry import (
+    register_criterion,
+    register_optimizer,
+    register_schedule,
+)
 from adabatch_jax.training._train import TrainResult, train
 from adabatch_jax.training.checkpoint import load_params, save_params
 from adabatch_jax.training.data import (
@@ -61,6 +68,7 @@ __all__ = [
     "MicroBatches",
     "ProcessLost",
     "RunInterrupted",
+    "RunPlan",
     "Rung",
     "SpectrumConfig",
     "SpectrumResult",
@@ -81,7 +89,11 @@ __all__ = [
     "plot_spectrum",
     "plot_warmup",
     "read_metrics",
+    "register_criterion",
+    "register_optimizer",
+    "register_schedule",
     "report_spectrum",
+    "resolve",
     "run_steps",
     "save_params",
     "show_spectrum",

@@ -7,48 +7,47 @@ what is the case anyway.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from adabatch_jax import _validate
 from adabatch_jax.training._options import (
-    CRITERIA,
-    CRITERIA_WITH,
-    DATASETS,
-    FINDS_ITS_RATE,
     FIRST_BATCH_SIZE,
     LARGEST_BATCH_SIZE,
-    MODELS,
-    OPTIMIZERS,
-    RESUMES,
-    SCALINGS,
-    SCHEDULES,
+    choices,
     flag,
     said,
     spelled,
 )
+from adabatch_jax.training._registry import (
+    CRITERIA,
+    OPTIMIZERS,
+    SCHEDULES,
+    THRESHOLDS,
+    CurvatureOptimizer,
+)
 
-_CHOICES = {
-    "dataset": DATASETS,
-    "model": MODELS,
+# Options whose choices a program may add to.
+_REGISTERED: dict[str, Mapping[str, Any]] = {
     "optimizer": OPTIMIZERS,
     "criterion": CRITERIA,
-    "scaling": SCALINGS,
     "schedule": SCHEDULES,
-    "resume": RESUMES,
-    "distributed": ("auto",),
 }
 _POSITIVE = ("eta", "theta", "nu", "learning_rate")
 _COUNTS = (
-    *("noise_groups", "initial_batch_size", "max_batch_size", "max_micro_batch_size"),
-    *(
-        "curvature_examples",
-        "refresh_every",
-        "epochs",
-        "steps_per_call",
-        "checkpoint_every",
-        "keep",
-    ),
-    *("devices", "num_processes", "patience"),
+    "noise_groups",
+    "initial_batch_size",
+    "max_batch_size",
+    "max_micro_batch_size",
+    "curvature_examples",
+    "refresh_every",
+    "epochs",
+    "steps_per_call",
+    "checkpoint_every",
+    "keep",
+    "devices",
+    "num_processes",
+    "patience",
 )
 
 
@@ -62,9 +61,10 @@ def check_config(config: Any) -> None:
       ValueError: naming the option, its value, and what it contradicts.
     """
     given = {k: v for k, v in vars(config).items() if v is not None}
-    for name, choices in _CHOICES.items():
+    for name, values in choices(config.__class__).items():
         if name in given:
-            _validate.one_of("train", choices, **flag(name, given[name]))
+            known = tuple(_REGISTERED.get(name, values))
+            _validate.one_of("train", known, **flag(name, given[name]))
     for name in _POSITIVE:
         if name in given:
             _validate.positive("train", **flag(name, given[name]))
@@ -99,25 +99,28 @@ def _check_rate(config: Any) -> None:
         _refuse(config, "--auto decides by itself", "learning_rate", "schedule", "scaling")
         if config.criterion == "none":
             _refuse(config, "--auto decides by itself", "criterion")
-    if config.schedule in FINDS_ITS_RATE:
+    if config.searches_rate:
         reason = f"--schedule {config.schedule} finds the learning rate"
         _refuse(config, reason, "learning_rate")
-    if config.optimizer == "lanczos-sgd":
-        found = "--optimizer lanczos-sgd finds the learning rate"
+    by_curvature = [k for k, v in OPTIMIZERS.items() if isinstance(v, CurvatureOptimizer)]
+    if config.optimizer in by_curvature:
+        found = f"{said('optimizer', config.optimizer)} finds the learning rate"
         scaled = [] if config.scaling == "none" else ["scaling"]
         _refuse(config, found, "learning_rate", *scaled)
         if config.auto:
             _refuse(config, found, "auto")
-        if config.schedule in FINDS_ITS_RATE:
+        if config.searches_rate:
             _refuse(config, found, "schedule")
     if not config.measures_curvature:
-        needs = "only --optimizer lanczos-sgd and --scaling random-matrix measure the curvature"
+        told = said("optimizer", " or ".join(by_curvature))
+        needs = f"only {told} and --scaling random-matrix measure the curvature"
         _refuse(config, needs, "curvature_examples", "refresh_every")
 
 
 def _check_test(config: Any) -> None:
     """No option of a test that is not made, and none with which it could never ask for more."""
-    for name, criteria in CRITERIA_WITH.items():
+    for name in THRESHOLDS:
+        criteria = [k for k, test in CRITERIA.items() if test and name in test.thresholds]
         if config.criterion not in criteria:
             others = f"{' and '.join(criteria)} {'do' if criteria[1:] else 'does'}"
             reason = f"--criterion {config.criterion} does not read {spelled(name)} ({others})"
@@ -126,10 +129,11 @@ def _check_test(config: Any) -> None:
         debias = ["debias"] if config.debias else []
         kept = "--criterion none makes no test"
         _refuse(config, kept, "smoothing", "growth_limit", *debias)
-    if config.criterion == "noise-scale" and config.debias is False:
-        _refuse(config, "--criterion noise-scale is de-biased by definition", "debias")
-    thresholds = {k: v for k, v in config.thresholds.items() if v is not None}
-    smoothing, debias = config.averaging
+    test = CRITERIA[config.criterion]
+    if test is not None and test.debiased and config.debias is False:
+        told = said("criterion", config.criterion)
+        _refuse(config, f"{told} is de-biased by definition", "debias")
+    thresholds, (smoothing, debias) = config.thresholds, config.averaging
     if smoothing and not debias and thresholds and min(thresholds.values()) >= 1:
         told = ", ".join(
             said(k, v) + (" by default" if getattr(config, k) is None else "")

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from adabatch_jax.training._config import TrainConfig
-from adabatch_jax.training._optimizer import build_optimizer, known, told_already
+from adabatch_jax.training._optimizer import build_optimizer, told_already
+from adabatch_jax.training._plan import RunPlan, resolve
 from adabatch_jax.training._run_state import RunState
 from adabatch_jax.training.data import (
     Dataset,
     Feed,
-    Ladder,
     Rung,
     check_dataset,
 )
 from adabatch_jax.training.devices import Devices, as_before, on_host
 from adabatch_jax.training.models import classifier
-from adabatch_jax.training.record import HINT, HINTS, Row, RowReader, TrainingError
+from adabatch_jax.training.record import Row, RowReader, TrainingError
 from adabatch_jax.training.step import (
     CompiledSteps,
-    make_chunk,
+    loop_place,
+    make_device_loop,
     make_gradient,
     make_step,
     make_update,
-    place_of,
 )
 
 PyTree = Any
@@ -78,10 +79,11 @@ def run_steps(config: TrainConfig, dataset: Dataset, on_row: Callable[[Row], Non
       TrainingError: the loss stays not finite.
     """
     check_dataset(dataset)
-    if config.auto and (lack := config.lacks_steps(len(dataset.train_labels))) is not None:
+    plan = resolve(config, len(dataset.train_labels))
+    if (lack := plan.lack_of_steps) is not None:
         told = f"--auto: {lack}; it is taken from the length of the parameters instead"
         warnings.warn(told, stacklevel=2)
-    run = Run(config, dataset)
+    run = Run(plan, dataset, devices=config.devices)
     done = run(run.first, on_row)
     return Steps(done.params, done.opt_state, run.apply, run.compilations)
 
@@ -89,59 +91,73 @@ def run_steps(config: TrainConfig, dataset: Dataset, on_row: Callable[[Row], Non
 class Run:
     """A run that can be begun, left between two steps and gone on with.
 
+    Args:
+      plan: of the run.
+      dataset: the data.
+      devices: use only the first so many; None: all.
+      checkpoint_every: with many steps in a call, a call ends where so many are made; None: it does not.
+
     Attributes:
       first: the state before the first step.
       apply: (params, inputs as stored) -> logits.
       budget: examples in the run.
+
+    Raises:
+      ValueError: the model does not read the data, the run is too short for AutoWU, or there are fewer
+        devices.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset) -> None:
-        num_examples = len(dataset.train_labels)
-        self._config = config = config.resolved(num_examples)
-        self._devices = devices = Devices(config.devices)
-        self.budget = config.epochs * num_examples
-        params, self.apply = classifier(config.model, dataset, config.seed)
+    def __init__(
+        self,
+        plan: RunPlan,
+        dataset: Dataset,
+        *,
+        devices: int | None = None,
+        checkpoint_every: int | None = None,
+    ) -> None:
+        self._plan, self._checkpoint_every = plan, checkpoint_every
         with told_already():
-            optimizer = build_optimizer(config, self.budget)
+            optimizer = build_optimizer(plan)
+        self._devices = Devices(devices)
+        self.budget = plan.total_examples
+        params, self.apply = classifier(plan.model, dataset, plan.seed)
         self.first = RunState(params, optimizer.init(params))
-
         self._data = dataset.train_inputs, dataset.train_labels
-        self._feed = Feed(num_examples, config.seed)
-        first, largest = known(config.initial_batch_size), known(config.max_batch_size)
-        self._first_size = first
-        # No step is larger than the budget, whatever is asked for: nor is what is made for it.
-        self._ladder = ladder = Ladder(
-            initial_batch_size=first,
-            max_batch_size=min(largest, self.budget),
-            max_micro_batch_size=config.max_micro_batch_size,
-            noise_groups=config.noise_groups,
-        )
+        self._feed = Feed(plan.num_examples, plan.seed)
+        self._ladder = plan.ladder
+        self._step = self._compiled_steps(optimizer)
 
+    def _compiled_steps(self, optimizer: optax.GradientTransformationExtraArgs) -> CompiledSteps:
+        """The step, or many in one call, for every rung of the ladder."""
+        plan, devices, ladder, test = self._plan, self._devices, self._ladder, self._plan.criterion
         measured: dict[str, Any] = dict(
-            coordinate_wise=config.criterion == "coordinate-norm",
-            inner_products=config.criterion in ("inner-product", "augmented"),
+            coordinate_wise=test is not None and test.coordinate_wise,
+            inner_products=test is not None and test.inner_products,
             axis_name=devices.axis_name,
-            constant=config.criterion == "none",
+            constant=test is None,
         )
-        curvature = _curvature_batch(config, num_examples)
+        curvature = _curvature_batch(plan)
 
-        def chunk_of(rung: Rung) -> Callable[..., Any]:
+        @functools.cache
+        def after_warmup() -> optax.GradientTransformationExtraArgs:
+            with told_already():
+                return build_optimizer(plan, warmup_over=True)
+
+        def device_loop_of(rung: Rung) -> Callable[..., Any]:
             """Many whole steps; those after the warm-up, which holds the batch, without its test."""
             sizes = ladder.batch_sizes(rung)
-            over = bool(config.auto) and sizes[0] > first
-            mine = optimizer
-            if over:
-                with told_already():
-                    mine = build_optimizer(config, self.budget, warmup_over=True)
+            over = plan.auto and sizes[0] > plan.initial_batch_size
+            mine = after_warmup() if over else optimizer
             step = devices.mapped(make_step(self.apply, mine, curvature=curvature, **measured))
-            return make_chunk(step, devices, rung, sizes, num_examples, config.steps_per_call)
+            return make_device_loop(
+                step, devices, rung, sizes, plan.num_examples, plan.steps_per_call
+            )
 
-        if config.steps_per_call > 1:
-            self._step = CompiledSteps(chunk_of)
-        else:
-            gradient = devices.mapped(make_gradient(self.apply, **measured))
-            update = devices.repeated(make_update(self.apply, optimizer, curvature=curvature))
-            self._step = CompiledSteps(lambda rung: gradient, update)
+        if plan.steps_per_call > 1:
+            return CompiledSteps(device_loop_of)
+        gradient = devices.mapped(make_gradient(self.apply, **measured))
+        update = devices.repeated(make_update(self.apply, optimizer, curvature=curvature))
+        return CompiledSteps(lambda rung: gradient, update)
 
     @property
     def num_devices(self) -> int:
@@ -179,10 +195,8 @@ class Run:
         Raises:
           TrainingError: `MAX_SKIPPED_IN_A_ROW` steps were skipped one after the other.
         """
-        config = self._config
-        hint = HINTS.get(config.schedule or "", HINT)
-        reader = RowReader(on_row, state.skipped_in_a_row, hint)
-        loop = self._by_steps if config.steps_per_call == 1 else self._by_chunks
+        reader = RowReader(on_row, state.skipped_in_a_row, self._plan.hint)
+        loop = self._by_steps if self._plan.steps_per_call == 1 else self._by_device_loops
         done = loop(state, reader, after_step or (lambda number, now: None))
         self._step.close()
         trained = done.params, done.opt_state
@@ -192,10 +206,10 @@ class Run:
 
     def _by_steps(self, state: RunState, reader: RowReader, after_step: AfterStep) -> RunState:
         """One call for each step; the host runs ahead of the device as far as `lag` allows."""
-        lag, devices, ladder = self._config.lag, self._devices, self._ladder
+        lag, devices, ladder = self._plan.lag, self._devices, self._ladder
         params, opt_state = devices.replicate((state.params, state.opt_state))
         data = devices.replicate(self._data)
-        batch_size = state.batch_size or self._first_size
+        batch_size = state.batch_size or self._plan.initial_batch_size
         position, number = state.position, state.step
         start = time.perf_counter() - state.seconds
         # The sizes that steps decided, oldest first; of the last ones perhaps not read back yet.
@@ -233,14 +247,16 @@ class Run:
             after_step(number, now)
         return now()
 
-    def _by_chunks(self, state: RunState, reader: RowReader, after_step: AfterStep) -> RunState:
+    def _by_device_loops(
+        self, state: RunState, reader: RowReader, after_step: AfterStep
+    ) -> RunState:
         """One call for many steps, whose numbers are read back together. The same decisions."""
-        config, devices, ladder = self._config, self._devices, self._ladder
+        plan, devices, ladder = self._plan, self._devices, self._ladder
         data, epoch_size = devices.replicate(self._data), len(self._data[1])
         window = 1 + -(-ladder.max_batch_size // epoch_size)  # epochs that a batch may touch
         started = time.perf_counter() - state.seconds
-        batch_size = state.batch_size or self._first_size
-        missing = config.lag + 1 - len(state.decided)
+        batch_size = state.batch_size or plan.initial_batch_size
+        missing = plan.lag + 1 - len(state.decided)
         decided = (batch_size,) * missing + state.decided
         params, opt_state = devices.replicate((state.params, state.opt_state))
         state = state._replace(params=params, opt_state=opt_state, decided=decided)
@@ -250,22 +266,19 @@ class Run:
                 epoch = state.position // epoch_size
                 examples = self._feed.indices(epoch * epoch_size, window * epoch_size)
                 order = devices.replicate(examples)
-            steps, every = config.steps_per_call, config.checkpoint_every
+            steps, every = plan.steps_per_call, self._checkpoint_every
             if every:  # a call ends where a checkpoint is due
                 steps = min(steps, every - state.step % every)
-            decided, budget = state.decided, self.budget
-            begin = place_of(
-                state.position, decided, window=epoch * epoch_size, budget=budget, steps=steps
-            )
-            place = devices.replicate(begin)
+            bounds = dict(window=epoch * epoch_size, budget=self.budget, steps=steps)
+            place = devices.replicate(loop_place(state.position, state.decided, **bounds))
             rung = ladder.rung(state.decided[0])
             given = data, order, place
             upper = ladder.after(rung)
             if upper is not None and upper not in self._step:
                 self._step.prepare(rung, state.params, state.opt_state, *given)
                 self._step.prepare(upper, state.params, state.opt_state, *given)
-            chunk = self._step(rung, state.params, state.opt_state, *given)
-            made, rows, sizes = jax.device_get((chunk.made, chunk.rows, chunk.place.decided))
+            after = self._step(rung, state.params, state.opt_state, *given)
+            made, rows, sizes = jax.device_get((after.made, after.rows, after.place.decided))
             seconds, position = time.perf_counter() - started, state.position
             for i in range(int(made)):
                 report = {name: values[i] for name, values in rows.items()}
@@ -273,8 +286,8 @@ class Run:
                 position += length
                 reader(_row(state.step + i + 1, position, length, rung), report, seconds)
             state = RunState(
-                params=chunk.params,
-                opt_state=chunk.opt_state,
+                params=after.params,
+                opt_state=after.opt_state,
                 position=position,
                 step=state.step + int(made),
                 batch_size=batch_size,
@@ -282,7 +295,7 @@ class Run:
                 skipped_in_a_row=reader.skipped_in_a_row,
                 seconds=seconds,
             )
-            after_step(state.step, partial(_itself, state))
+            after_step(state.step, functools.partial(_itself, state))
         return state
 
     def _batch(self, rung: Rung, position: int, length: int) -> tuple[Any, Any, Any]:
@@ -308,11 +321,11 @@ def _itself(state: RunState) -> RunState:
     return state
 
 
-def _curvature_batch(config: TrainConfig, num_examples: int) -> np.ndarray | None:
+def _curvature_batch(plan: RunPlan) -> np.ndarray | None:
     """Examples drawn once, [groups, group size]: the size that was asked for, rounded down."""
-    if not config.measures_curvature:
+    wanted = plan.curvature_examples
+    if not wanted:
         return None
-    wanted = min(known(config.curvature_examples), num_examples)
     groups = min(CURVATURE_GROUPS, wanted)
-    drawn = np.random.default_rng(config.seed).permutation(num_examples)
+    drawn = np.random.default_rng(plan.seed).permutation(plan.num_examples)
     return drawn[: wanted // groups * groups].reshape(groups, -1).astype(np.int32)

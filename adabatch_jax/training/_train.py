@@ -21,8 +21,7 @@ import adabatch_jax as adabatch
 from adabatch_jax.training._config import TrainConfig
 from adabatch_jax.training._files import prepare_output, write_json
 from adabatch_jax.training._loop import ProcessLost, Run
-from adabatch_jax.training._optimizer import build_optimizer, told_already
-from adabatch_jax.training._options import FINDS_ITS_RATE, OUTSIDE_THE_RUN
+from adabatch_jax.training._plan import RunPlan, resolve
 from adabatch_jax.training._run_state import RunState
 from adabatch_jax.training.checkpoint import Checkpoints, data_checksum, save_params
 from adabatch_jax.training.data import Dataset, check_dataset, load_dataset, load_text
@@ -103,11 +102,10 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         others = config.coordinator, config.num_processes, config.process_id
         connect(*others, patience=config.patience)
     dataset = _load(config)
-    config = config.resolved(len(dataset.train_labels))
-    budget = config.epochs * len(dataset.train_labels)
-    # What it refuses, it refuses before a line or a file is written.
-    with told_already():
-        build_optimizer(config, budget)
+    plan = resolve(config, len(dataset.train_labels))
+    # What the run refuses, it refuses before a line or a file is written.
+    every = config.checkpoint_every
+    run = Run(plan, dataset, devices=config.devices, checkpoint_every=every)
     main = jax.process_index() == 0
     out = prepare_output(config.output) if main else config.output
 
@@ -115,23 +113,46 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         to = console or rich.console.Console(stderr=True)
         to.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
 
-    if main and (lack := config.lacks_steps(len(dataset.train_labels))) is not None:
+    if main and (lack := plan.lack_of_steps) is not None:
         warn(f"--auto: {lack}; it is taken from the length of the parameters instead")
-    run = Run(config, dataset)
     checkpoints = Checkpoints(
         out / "state",
-        _about(config, dataset),
-        budget=budget,
-        lag=config.lag,
+        {**plan.identity, "checksum of the data": _checksum(dataset)},
+        budget=run.budget,
+        lag=plan.lag,
         keep=config.keep,
         warn=warn,
     )
     begin = _beginning(config, checkpoints, run.first)
+    done, seconds = _make_steps(config, run, begin, checkpoints, out, console)
+    if not main:
+        return TrainResult(done.params, {}, {})
+    return _leave_results(plan, dataset, run, done, out, seconds, begin.step)
+
+
+def _make_steps(
+    config: TrainConfig,
+    run: Run,
+    begin: RunState,
+    checkpoints: Checkpoints,
+    out: Path,
+    console: rich.console.Console | None,
+) -> tuple[RunState, float]:
+    """Makes the steps, with progress, metrics.csv and checkpoints on the way.
+
+    Returns:
+      The state after the last step, and the seconds that all steps took, those before `begin` included.
+
+    Raises:
+      TrainingError, ProcessLost, RunInterrupted: as for `train`.
+    """
+    several = jax.process_count() > 1
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
-        record = _recorder(config, out, budget, begin, console, stack) if main else _silence()
+        main = jax.process_index() == 0
+        record = _recorder(config, out, run, begin, console, stack) if main else _silence()
         on_row, flush = record
-        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
         requested = stack.enter_context(between_steps(*numbers))
 
         calls = itertools.count()
@@ -139,7 +160,7 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         def after_step(number: int, now: Callable[[], RunState]) -> None:
             stopped = requested()
             call = next(calls)  # not the step: the processes agree on one of the next calls
-            if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(call):
+            if several and multihost_utils.reached_preemption_sync_point(call):
                 stopped = signal.SIGTERM  # one of the processes got it, and all are at this step
             every = config.checkpoint_every
             if stopped == signal.SIGTERM or (every and (stopped or number % every == 0)):
@@ -154,7 +175,7 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         try:
             done = run(begin, on_row, after_step)
         except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
+            if not several:
                 raise
             raise ProcessLost(
                 f"another process does not answer ({str(error).splitlines()[0][:200]}); start all "
@@ -164,10 +185,20 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         if config.checkpoint_every:
             flush()
             checkpoints.save(done)
-    if not main:
-        return TrainResult(done.params, {}, {})
+    return done, seconds
 
-    columns = read_metrics(out / "metrics.csv")
+
+def _leave_results(
+    plan: RunPlan,
+    dataset: Dataset,
+    run: Run,
+    done: RunState,
+    out: Path,
+    seconds: float,
+    resumed_after: int,
+) -> TrainResult:
+    """Judges what was trained, and writes summary.json, run.png and the checkpoint."""
+    columns, options = read_metrics(out / "metrics.csv"), plan.options
     inputs, labels = jnp.asarray(dataset.test_inputs), jnp.asarray(dataset.test_labels)
     test_loss, test_accuracy = make_evaluation(run.apply)(done.params, inputs, labels)
     summary = {
@@ -175,36 +206,34 @@ def train(config: TrainConfig, *, console: rich.console.Console | None = None) -
         "test_loss": float(test_loss),
         "optimizer_steps": len(columns["step"]),
         "examples": int(columns["examples"][-1]),
-        "initial_batch_size": config.initial_batch_size,
+        "initial_batch_size": plan.initial_batch_size,
         "final_batch_size": int(columns["batch_size"].max()),
         "train_step_compilations": run.compilations,
         "seconds_waited_for_compilations": run.seconds_waited,
         "skipped_steps": int(columns["skipped"].sum()),
         "seconds": seconds,
-        "resumed_after": begin.step or None,
+        "resumed_after": resumed_after or None,
         "versions": {"adabatch_jax": adabatch.__version__, "jax": jax.__version__},
         "device": f"{run.num_devices} {jax.devices()[0].device_kind}",
-        "config": {**dataclasses.asdict(config), "out": str(out)},
+        "config": {**dataclasses.asdict(options), "out": str(out)},
     }
-    if config.dataset == "text":
+    reached = f"test accuracy {test_accuracy:.3f}"
+    if options.dataset == "text":
         summary["bits_per_byte"] = float(test_loss) / math.log(2)
         reached = f"{summary['bits_per_byte']:.3f} bits per byte"
-    else:
-        reached = f"test accuracy {test_accuracy:.3f}"
-    title = f"{config.dataset} · {config.model} · {config.optimizer} · {reached}"
+    title = f"{options.dataset} · {options.model} · {options.optimizer} · {reached}"
     smoothed, warmup = None, None
-    if config.auto or config.schedule in FINDS_ITS_RATE:
+    if plan.searches_rate:
         seen = adabatch.smoothed_losses(done.opt_state)
         warmup = describe_warmup(adabatch.metrics(done.opt_state), seen)
         smoothed = seen if was_searched(warmup) else None
         summary["warmup"] = warmup
-    if config.measures_curvature:
+    if plan.curvature_examples:
         summary["curvature"] = _curvature(adabatch.metrics(done.opt_state))
     save_params(out / "checkpoint", done.params)
     write_json(out / "summary.json", summary)
-    plot_run(
-        columns, title=title, smoothed=smoothed, note=note_warmup(warmup), path=out / "run.png"
-    )
+    note = note_warmup(warmup)
+    plot_run(columns, title=title, smoothed=smoothed, note=note, path=out / "run.png")
     return TrainResult(done.params, columns, summary)
 
 
@@ -219,11 +248,8 @@ def _load(config: TrainConfig) -> Dataset:
     return dataset
 
 
-def _about(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
-    """What makes two runs the same run."""
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in OUTSIDE_THE_RUN}
-    arrays = (dataset.train_inputs, dataset.train_labels)
-    return {**fields, "checksum of the data": data_checksum(*arrays)}
+def _checksum(dataset: Dataset) -> str:
+    return data_checksum(dataset.train_inputs, dataset.train_labels)
 
 
 def _beginning(config: TrainConfig, checkpoints: Checkpoints, first: RunState) -> RunState:
@@ -247,7 +273,7 @@ def _beginning(config: TrainConfig, checkpoints: Checkpoints, first: RunState) -
 def _recorder(
     config: TrainConfig,
     out: Path,
-    budget: int,
+    run: Run,
     begin: RunState,
     console: rich.console.Console | None,
     stack: contextlib.ExitStack,
@@ -258,7 +284,7 @@ def _recorder(
     if config.tensorboard:
         given = out / "metrics.csv", begin.step, begin.seconds
         events = stack.enter_context(EventWriter(out / "tensorboard", *given))
-    progress = stack.enter_context(Progress(budget, console, start=begin.position))
+    progress = stack.enter_context(Progress(run.budget, console, start=begin.position))
 
     def on_row(row: Row) -> None:
         writer.write(row)

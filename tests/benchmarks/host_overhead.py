@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from adabatch_jax.training import Dataset, TrainConfig, load_dataset
+from adabatch_jax.training import Dataset, TrainConfig, load_dataset, resolve
 from adabatch_jax.training._files import write_json
 from adabatch_jax.training._loop import Run
 
@@ -35,7 +35,7 @@ WAYS = {
 
 def microseconds(config: TrainConfig, dataset: Dataset) -> float:
     """Of a step, once everything is compiled."""
-    run, rows = Run(config, dataset), []
+    run, rows = Run(resolve(config, len(dataset.train_labels)), dataset), []
     run(run.first, rows.append)
     first = rows[len(rows) // 5]["seconds"]
     after = [row["seconds"] for row in rows if row["seconds"] > first]

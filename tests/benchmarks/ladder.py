@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adabatch_jax.training import Dataset, Feed, TrainConfig, load_dataset
+from adabatch_jax.training import Dataset, Feed, TrainConfig, load_dataset, resolve
 from adabatch_jax.training._files import write_json
 from adabatch_jax.training._loop import Run
 from adabatch_jax.training.data import Ladder
@@ -69,7 +69,7 @@ def rungs() -> Iterator[Any]:
 
 def ours(way: str, config: TrainConfig, dataset: Dataset) -> tuple[float, float, list[int]]:
     """Seconds, of them waiting for the compiler, and the batch sizes."""
-    run, rows = Run(config, dataset), []
+    run, rows = Run(resolve(config, len(dataset.train_labels)), dataset), []
     state = run.first
     if way != "ladder":
         run._step.__class__ = Foreground
@@ -97,7 +97,10 @@ def plain_step(run: Run, optimizer: Any) -> Callable[..., Any]:
 
 def naive(sizes: list[int], config: TrainConfig, dataset: Dataset) -> float:
     """Seconds of plain steps with these batch sizes."""
-    run, optimizer = Run(config, dataset), optax.sgd(0.02, momentum=0.9)
+    run, optimizer = (
+        Run(resolve(config, len(dataset.train_labels)), dataset),
+        optax.sgd(0.02, momentum=0.9),
+    )
     step, feed = plain_step(run, optimizer), Feed(len(dataset.train_labels), 0)
     params, position = run.first.params, 0
     state = optimizer.init(params)
@@ -113,7 +116,10 @@ def naive(sizes: list[int], config: TrainConfig, dataset: Dataset) -> float:
 
 def per_example(config: TrainConfig, dataset: Dataset, repeats: int) -> list[float]:
     """Ratios, ours over plain, of a step with 8192 examples."""
-    run, optimizer = Run(config, dataset), optax.sgd(0.02, momentum=0.9)
+    run, optimizer = (
+        Run(resolve(config, len(dataset.train_labels)), dataset),
+        optax.sgd(0.02, momentum=0.9),
+    )
     (*_, top), plain = rungs(), plain_step(run, optimizer)
     data, batch = run._devices.replicate(run._data), run._batch(list(rungs())[-1], 0, 8192)
     rows = run._feed.indices(0, 8192)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adabatch_jax as adabatch
-from adabatch_jax.training import Dataset, TrainConfig, TrainingError, load_dataset
+from adabatch_jax.training import Dataset, TrainConfig, TrainingError, load_dataset, resolve
 from adabatch_jax.training._loop import Run
 from adabatch_jax.training.data import load_text
 from adabatch_jax.training.step import make_evaluation
@@ -111,7 +111,7 @@ def run(task: Task, whole: bool, seed: int, **options: Any) -> dict[str, Any]:
     )
     rows: list[dict[str, Any]] = []
     wall, processor = time.perf_counter(), time.process_time()
-    made = Run(config, dataset)
+    made = Run(resolve(config, len(dataset.train_labels)), dataset)
     try:
         done = made(made.first, rows.append)
     except TrainingError:

@@ -3,10 +3,11 @@ import re
 
 import pytest
 
-from adabatch_jax.training import TrainConfig, build_criterion, build_optimizer
-from adabatch_jax.training._optimizer import build_direction
-from adabatch_jax.training._options import CRITERIA, DIRECTIONS, RATES, SCALINGS, SCHEDULES
+from adabatch_jax.training import TrainConfig, build_criterion, build_optimizer, resolve
+from adabatch_jax.training._options import choices
+from adabatch_jax.training._registry import CRITERIA, OPTIMIZERS, SCHEDULES, Direction
 
+DIRECTIONS = [name for name, entry in OPTIMIZERS.items() if isinstance(entry, Direction)]
 LANCZOS = {"optimizer": "lanczos-sgd"}
 BY_HAND = {"coordinator": "h:1", "num_processes": 2, "process_id": 1}
 
@@ -130,7 +131,7 @@ def test_an_option_without_effect_is_refused(options, message):
     ],
 )
 def test_one_that_has_an_effect_or_says_what_is_the_case_is_taken(options):
-    TrainConfig(**options).resolved(60_000)
+    resolve(TrainConfig(**options), 60_000)
 
 
 @pytest.mark.parametrize(
@@ -146,13 +147,15 @@ def test_one_that_has_an_effect_or_says_what_is_the_case_is_taken(options):
 )
 def test_what_nobody_gave_is_called_a_default(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        TrainConfig(**options).resolved(60_000)
+        resolve(TrainConfig(**options), 60_000)
 
 
 def test_every_criterion_has_a_threshold_of_its_own():
     def thresholds(**options):
-        config = TrainConfig(**options).resolved(60_000)
-        return config.eta, config.theta, config.nu
+        plan = resolve(TrainConfig(**options), 60_000)
+        used = plan.options.eta, plan.options.theta, plan.options.nu
+        assert list(plan.thresholds.values()) == [value for value in used if value is not None]
+        return used
 
     assert thresholds() == (1.0, None, None)
     assert thresholds(criterion="coordinate-norm") == (3.0, None, None)
@@ -163,9 +166,9 @@ def test_every_criterion_has_a_threshold_of_its_own():
 
 
 def test_every_optimizer_has_a_rate_of_its_own():
-    assert RATES.keys() == set(DIRECTIONS)
     for name in DIRECTIONS:
-        assert TrainConfig(optimizer=name).resolved(1437).learning_rate == RATES[name]
+        plan = resolve(TrainConfig(optimizer=name, schedule="constant"), 1437)
+        assert plan.rate == plan.options.learning_rate == OPTIMIZERS[name].learning_rate
 
 
 @pytest.mark.parametrize(
@@ -179,11 +182,10 @@ def test_every_optimizer_has_a_rate_of_its_own():
     ],
 )
 def test_auto_takes_a_first_batch_that_lets_it_search_or_says_so(number, options, first, steps):
-    asked = TrainConfig(auto=True, **options)
-    config = asked.resolved(number)
-    assert config.resolved(number) == config and config.initial_batch_size == first
-    lack = config.lacks_steps(number)
-    assert asked.lacks_steps(number) == lack
+    plan = resolve(TrainConfig(auto=True, **options), number)
+    assert plan.initial_batch_size == first
+    assert resolve(plan.options, number) == plan
+    lack = plan.lack_of_steps
     if steps >= 40:
         assert lack is None
     else:
@@ -196,10 +198,10 @@ def test_a_schedule_that_finds_its_rate_is_refused_without_the_steps_for_it():
         r"train: --schedule autowu-improved: .*too short .* 1 steps of --initial-batch-size 400"
     )
     with pytest.raises(ValueError, match=message):
-        build_optimizer(TrainConfig(**options), total_examples=2 * 1437)
+        resolve(TrainConfig(**options), 1437)
     too_few = TrainConfig(schedule="autowu", epochs=2)
     with pytest.raises(ValueError, match=r"autowu with --epochs 2 .*too short for one test"):
-        build_optimizer(too_few, total_examples=2 * 1437)
+        build_optimizer(resolve(too_few, 1437))
 
 
 def test_the_output_folder_follows_the_data_set():
@@ -210,17 +212,17 @@ def test_the_output_folder_follows_the_data_set():
 def test_every_choice_builds():
     params = {"w": 1.0}
     for name in DIRECTIONS:
-        build_direction(name).init(params)
+        OPTIMIZERS[name].make().init(params)
     for criterion in CRITERIA:
-        built = build_criterion(TrainConfig(criterion=criterion).resolved(20_000))
+        built = build_criterion(resolve(TrainConfig(criterion=criterion), 1000))
         assert (built is None) == (criterion == "none")
-    for scaling in SCALINGS:
+    for scaling in choices(TrainConfig)["scaling"]:
         for schedule in SCHEDULES:
             config = TrainConfig(scaling=scaling, schedule=schedule)
-            build_optimizer(config, total_examples=20_000).init(params)
+            build_optimizer(resolve(config, 1000)).init(params)
     for optimizer in DIRECTIONS:
-        build_optimizer(TrainConfig(optimizer=optimizer, auto=True), total_examples=20_000)
-    build_optimizer(TrainConfig(optimizer="lanczos-sgd"), total_examples=20_000).init(params)
+        build_optimizer(resolve(TrainConfig(optimizer=optimizer, auto=True), 1000))
+    build_optimizer(resolve(TrainConfig(optimizer="lanczos-sgd"), 1000)).init(params)
 
 
 @pytest.mark.parametrize(
@@ -234,31 +236,36 @@ def test_every_choice_builds():
     ],
 )
 def test_sizes_that_are_left_out_are_filled_in(options, sizes):
-    config = TrainConfig(**options).resolved(60_000)
-    assert (config.initial_batch_size, config.max_batch_size) == sizes
-    assert config.resolved(60_000) == config
+    plan = resolve(TrainConfig(**options), 60_000)
+    assert (plan.initial_batch_size, plan.max_batch_size) == sizes
+    assert resolve(plan.options, 60_000).options == plan.options
 
 
 def test_what_is_found_is_not_filled_in():
-    assert TrainConfig().resolved(1437).learning_rate == 0.02
-    assert TrainConfig(schedule="autowu").resolved(1437).learning_rate is None
-    automatic = TrainConfig(auto=True).resolved(1437)
+    def used(**options):
+        return resolve(TrainConfig(**options), 1437).options
+
+    assert used().learning_rate == 0.02
+    assert used(schedule="autowu").learning_rate is None
+    automatic = used(auto=True)
     assert (automatic.learning_rate, automatic.schedule, automatic.scaling) == (None, None, None)
     assert (automatic.initial_batch_size, automatic.max_batch_size) == (16, 256)
     assert (automatic.eta, automatic.growth_limit) == (1.5, 1.1)
-    assert (TrainConfig().resolved(1437).eta, TrainConfig(auto=True, eta=3.0).eta) == (1.0, 3.0)
+    assert (used().eta, used(auto=True, eta=3.0).eta) == (1.0, 3.0)
 
 
 @pytest.mark.parametrize("options", [LANCZOS, {"scaling": "random-matrix"}])
 def test_how_the_curvature_is_measured_is_filled_in(options):
-    config = TrainConfig(**options, epochs=10).resolved(60_000)
-    assert (config.curvature_examples, config.refresh_every) == (256, 102_400)
-    short = TrainConfig(**options, epochs=4).resolved(200)
+    plan = resolve(TrainConfig(**options, epochs=10), 60_000)
+    assert (plan.curvature_examples, plan.refresh_every) == (256, 102_400)
+    short = resolve(TrainConfig(**options, epochs=4), 200)
     assert (short.curvature_examples, short.refresh_every) == (200, 266)
-    assert config.resolved(60_000) == config
-    given = TrainConfig(**options, curvature_examples=100, refresh_every=7).resolved(60_000)
+    assert resolve(plan.options, 60_000).options == plan.options
+    given = resolve(TrainConfig(**options, curvature_examples=100, refresh_every=7), 60_000)
     assert (given.curvature_examples, given.refresh_every) == (100, 7)
-    assert TrainConfig(**LANCZOS).resolved(60_000).learning_rate is None
+    more = resolve(TrainConfig(**options, curvature_examples=100), 60)
+    assert (more.curvature_examples, more.options.curvature_examples) == (60, 100)
+    assert resolve(TrainConfig(**LANCZOS), 60_000).options.learning_rate is None
 
 
 def test_every_option_is_documented_for_the_command():

@@ -34,7 +34,14 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import BatchSizeStatus
-from adabatch_jax.training import TrainConfig, build_optimizer, load_dataset, make_step, run_steps
+from adabatch_jax.training import (
+    TrainConfig,
+    build_optimizer,
+    load_dataset,
+    make_step,
+    resolve,
+    run_steps,
+)
 
 CLASSES, FEATURES, GROUPS, SIZE = 3, 4, 8, 4
 DIRECTIONS = [  # that of the default run; the others are compiled with the slow tests
@@ -62,7 +69,7 @@ def examples():
 @functools.cache
 def fused(optimizer):
     config = TrainConfig(optimizer=optimizer, eta=0.1, initial_batch_size=32, schedule="constant")
-    chain = build_optimizer(config, 10_000)
+    chain = build_optimizer(resolve(config, 500))
     return chain.init, jax.jit(make_step(apply, chain))
 
 

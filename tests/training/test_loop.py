@@ -24,11 +24,12 @@ from adabatch_jax.training import (
     build_optimizer,
     load_dataset,
     make_step,
+    resolve,
     run_steps,
     train,
 )
 from adabatch_jax.training.models import _classifier
-from adabatch_jax.training.record import _rows
+from adabatch_jax.training.record import RowReader
 from adabatch_jax.training.step import CompiledSteps, _compile_ahead
 
 
@@ -97,20 +98,20 @@ def test_a_rung_that_fails_to_compile_says_why(digits, monkeypatch):
 
 def test_the_criterion_applied_to_the_columns_gives_every_batch_size(finished):
     result, _ = finished
-    config, columns = TrainConfig().resolved(1437), result.columns
-    criterion = build_criterion(config)
-    batch_size = config.initial_batch_size
+    plan, columns = resolve(TrainConfig(), 1437), result.columns
+    criterion = build_criterion(plan)
+    batch_size = plan.initial_batch_size
     left = columns["examples"][-1] - columns["examples"] + columns["batch_size"]
     for i, used in enumerate(columns["batch_size"]):
         assert used == min(batch_size, left[i])
         numerator, denominator = columns["noise_numerator"][i], columns["noise_denominator"][i]
         if np.isnan(numerator):
-            assert batch_size == config.max_batch_size
+            assert batch_size == plan.max_batch_size
             assert columns["test_status"][i] == BatchSizeStatus.AT_MAXIMUM
             continue
         required = criterion.required(jnp.float32(numerator), jnp.float32(denominator))
         assert float(required) == columns["required_batch_size"][i]
-        batch_size = min(int(np.ceil(max(float(required), batch_size))), config.max_batch_size)
+        batch_size = min(int(np.ceil(max(float(required), batch_size))), plan.max_batch_size)
         assert batch_size == columns["next_batch_size"][i]
 
 
@@ -138,7 +139,7 @@ def test_an_automatic_run_finds_its_rate_and_then_grows_its_batch(automatic):
 @pytest.mark.slow
 @pytest.mark.parametrize(("steps_per_call", "traces"), [(1, 1), (8, 2)])
 def test_one_program_holds_the_gaussian_process(digits, monkeypatch, steps_per_call, traces):
-    """The update's; or the chunk of the first batch, which traces its step twice, for the shapes.
+    """The update's; or the first loop on the device, which traces its step twice, for the shapes.
 
     Slow: whole runs with a Gaussian process in their step.
     """
@@ -303,7 +304,7 @@ def test_a_run_that_never_learns_stops_and_does_not_blame_the_learning_rate(digi
     [("cosine", "Try a smaller learning rate"), ("autowu", "Try --schedule autowu-improved")],
 )
 def test_a_run_that_diverges_names_what_to_try(schedule, hint):
-    reader = _rows.RowReader([].append, 0, _rows.HINTS.get(schedule, _rows.HINT))
+    reader = RowReader([].append, 0, resolve(TrainConfig(schedule=schedule), 1437).hint)
     report = {"loss": np.nan, "skipped": True, "next_batch_size": 16, "test_status": 0}
     for step in range(3, 12):
         reader({"step": step}, report, 0.0)
@@ -367,7 +368,7 @@ def test_a_step_back_is_made_whatever_the_loss_is(digits):
     inputs, labels = (jnp.asarray(v[:64]) for v in (digits.train_inputs, digits.train_labels))
     params = model.init(jax.random.key(0), inputs[:1])["params"]
     config = TrainConfig(schedule="autowu-improved", optimizer="adam", criterion="none")
-    optimizer = build_optimizer(config, 20 * 1437)
+    optimizer = build_optimizer(resolve(config, 1437))
     state = optimizer.init(params)
     step = jax.jit(make_step(lambda p, x: model.apply({"params": p}, x), optimizer))
     indices = jnp.arange(16, dtype=jnp.int32).reshape(8, 2)

@@ -8,7 +8,13 @@ For a loop of one's own, `ArrayStream`, `GrainStream` and `IterableStream` hand 
 one shape for batches that change their size.
 """
 
-from adabatch_jax.training.data._datasets import Dataset, load_dataset, to_float
+from adabatch_jax.training.data._datasets import (
+    Dataset,
+    DatasetName,
+    ImagesName,
+    load_dataset,
+    to_float,
+)
 from adabatch_jax.training.data._feed import Feed
 from adabatch_jax.training.data._ladder import Ladder, Rung
 from adabatch_jax.training.data._stream import ArrayStream, MicroBatches, Stream
@@ -19,8 +25,10 @@ from adabatch_jax.training.data._validate_data import check_dataset
 __all__ = [
     "ArrayStream",
     "Dataset",
+    "DatasetName",
     "Feed",
     "GrainStream",
+    "ImagesName",
     "IterableStream",
     "Ladder",
     "MicroBatches",

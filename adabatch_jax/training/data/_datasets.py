@@ -15,7 +15,7 @@ import pathlib
 import struct
 import urllib.request
 import zlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from adabatch_jax.training._files import PathLike, atomic_path
+
+ImagesName: TypeAlias = Literal["digits", "mnist", "fashion-mnist"]
+DatasetName: TypeAlias = Literal[ImagesName, "text"]
 
 _TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 _TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")

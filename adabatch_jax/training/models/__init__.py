@@ -6,7 +6,7 @@ stored to logits. `losses_and_logits` are those of single examples; `masked_mean
 a group of which only the first examples are real.
 """
 
-from adabatch_jax.training.models._build import build_model
+from adabatch_jax.training.models._build import ImageModelName, ModelName, build_model
 from adabatch_jax.training.models._classifier import Classifier, classifier
 from adabatch_jax.training.models._images import CNN, MLP, Logistic, PreActResNet
 from adabatch_jax.training.models._losses import (
@@ -22,7 +22,9 @@ __all__ = [
     "MLP",
     "Apply",
     "Classifier",
+    "ImageModelName",
     "Logistic",
+    "ModelName",
     "PreActResNet",
     "Transformer",
     "build_model",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 from flax import linen as nn
 
 from adabatch_jax.training.models._images import CNN, MLP, Logistic, PreActResNet
 from adabatch_jax.training.models._transformer import Transformer
+
+ImageModelName: TypeAlias = Literal["logistic", "mlp", "cnn", "resnet"]
+ModelName: TypeAlias = Literal[ImageModelName, "transformer"]
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {
     "logistic": Logistic,

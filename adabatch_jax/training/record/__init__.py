@@ -10,8 +10,6 @@ from adabatch_jax.training.record._metrics_file import MetricsWriter, read_metri
 from adabatch_jax.training.record._progress import Progress
 from adabatch_jax.training.record._rows import (
     COLUMNS,
-    HINT,
-    HINTS,
     Row,
     RowReader,
     TrainingError,
@@ -26,8 +24,6 @@ from adabatch_jax.training.record._warmup_words import (
 
 __all__ = [
     "COLUMNS",
-    "HINT",
-    "HINTS",
     "EventWriter",
     "MetricsWriter",
     "Progress",

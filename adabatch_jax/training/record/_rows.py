@@ -11,8 +11,6 @@ from adabatch_jax import BatchSizeStatus
 
 Row = dict[str, Any]
 MAX_SKIPPED_IN_A_ROW = 10
-HINT = "Try a smaller learning rate"
-HINTS = {"autowu": "Try --schedule autowu-improved, which goes back when the loss explodes"}
 UNTRAINED = (
     "No step was ever made, so this is not the learning rate: the loss of the model as it begins is "
     "not finite on these data"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from adabatch_jax import _validate
-from adabatch_jax.training._options import IMAGE_MODELS, IMAGES, flag
+from adabatch_jax.training._options import choices, flag
+from adabatch_jax.training.data import ImagesName
+from adabatch_jax.training.models import ImageModelName
 
-MATRICES = ("hessian", "gauss-newton")
-NOISE_PROBES = ("ritz", "random")
 _DEFAULT_EXAMPLES = 8192
 _SMALLEST_BATCH_SIZE = 16
 
@@ -40,12 +40,12 @@ class SpectrumConfig:
 
     run: Path | None = None
     """Folder of a run of `adabatch-jax train`: measure its trained model on its data."""
-    dataset: str | None = None
-    """Data set of a fresh model: digits, mnist or fashion-mnist (digits)."""
-    model: str | None = None
-    """A fresh model: logistic, mlp, cnn or resnet (mlp)."""
-    matrix: str = "hessian"
-    """Curvature matrix: hessian or gauss-newton."""
+    dataset: ImagesName | None = None
+    """Data set of a fresh model (digits)."""
+    model: ImageModelName | None = None
+    """A fresh model (mlp)."""
+    matrix: Literal["hessian", "gauss-newton"] = "hessian"
+    """Curvature matrix."""
     examples: int | None = None
     """Training examples that make the full matrix (8192, or all if there are fewer)."""
     steps: int = 30
@@ -56,8 +56,8 @@ class SpectrumConfig:
     """Sizes of the batches to measure (powers of two from 16 to a quarter of the examples)."""
     subsamples: int = 5
     """Batches of each size, drawn without replacement from the examples of the full matrix."""
-    noise_probe: str = "ritz"
-    """Direction in which the noise of the Hessian is measured: ritz (its top one) or random."""
+    noise_probe: Literal["ritz", "random"] = "ritz"
+    """Direction in which the noise of the Hessian is measured: ritz is its top one."""
     max_micro_batch_size: int = 128
     """Most examples that are differentiated at once: bounds the memory."""
     seed: int = 0
@@ -70,14 +70,9 @@ class SpectrumConfig:
     def __post_init__(self) -> None:
         """Checks every field, before anything is loaded or written."""
         where = "spectrum"
-        for name, choices in (
-            ("dataset", IMAGES),
-            ("model", IMAGE_MODELS),
-            ("matrix", MATRICES),
-            ("noise_probe", NOISE_PROBES),
-        ):
+        for name, values in choices(SpectrumConfig).items():
             if getattr(self, name) is not None:
-                _validate.one_of(where, choices, **flag(name, getattr(self, name)))
+                _validate.one_of(where, values, **flag(name, getattr(self, name)))
             if self.run is not None and name in ("dataset", "model") and getattr(self, name):
                 raise ValueError(
                     f"spectrum: --run has a {name} of its own, leave out --{name} {getattr(self, name)}"
@@ -132,8 +127,9 @@ class SpectrumConfig:
             ) from None
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"spectrum: --run {self.run}: {path} is damaged") from None
-        _validate.one_of(f"spectrum: {path}", IMAGES, dataset=dataset)
-        _validate.one_of(f"spectrum: {path}", IMAGE_MODELS, model=model)
+        values = choices(SpectrumConfig)
+        _validate.one_of(f"spectrum: {path}", values["dataset"], dataset=dataset)
+        _validate.one_of(f"spectrum: {path}", values["model"], model=model)
         if self.data_dir is not None and dataset == "digits":
             raise ValueError(
                 f"spectrum: --data-dir has no meaning for --run {self.run}, a run on digits (embedded)"

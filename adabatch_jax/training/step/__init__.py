@@ -2,12 +2,17 @@
 
 `make_step` builds the fused step: gradient and noise, then decision and update. `make_gradient` and
 `make_update` are its two halves, of which only the first depends on the shape of a batch.
-`CompiledSteps` compiles them ahead, in the background. `make_chunk` puts a step into a loop on the
+`CompiledSteps` compiles them ahead, in the background. `make_device_loop` puts a step into a loop on the
 device. `make_evaluation` measures loss and accuracy.
 """
 
 from adabatch_jax.training.step._compile_ahead import CompiledSteps
-from adabatch_jax.training.step._device_loop import Chunk, Place, make_chunk, place_of
+from adabatch_jax.training.step._device_loop import (
+    LoopPlace,
+    LoopState,
+    loop_place,
+    make_device_loop,
+)
 from adabatch_jax.training.step._step import (
     make_evaluation,
     make_gradient,
@@ -16,13 +21,13 @@ from adabatch_jax.training.step._step import (
 )
 
 __all__ = [
-    "Chunk",
     "CompiledSteps",
-    "Place",
-    "make_chunk",
+    "LoopPlace",
+    "LoopState",
+    "loop_place",
+    "make_device_loop",
     "make_evaluation",
     "make_gradient",
     "make_step",
     "make_update",
-    "place_of",
 ]

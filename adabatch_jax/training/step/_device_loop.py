@@ -1,9 +1,9 @@
 """Many optimizer steps in one call: the loop runs on the device, and the batch grows inside it.
 
-The Python loop of `training/_loop.py` talks to the device once a step. Where a step takes a millisecond or
-less, that is most of the time. A chunk does the same in a `while_loop`: it cuts the batches out of the
-order of the examples, makes the steps, keeps their numbers, and ends where the host is needed: at
-the end of its steps, of an epoch, of the budget, or of its rung of the ladder.
+The Python loop of `training/_loop.py` talks to the device once a step. Where a step takes a millisecond
+or less, that is most of the time. The loop on the device is a `while_loop` that does the same: it cuts the
+batches out of the order of the examples, makes the steps and keeps their numbers. It ends where the host is
+needed: at the end of its steps, of an epoch, of the budget, or of its rung of the ladder.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from adabatch_jax.training.devices import Devices
 PyTree = Any
 
 
-class Place(NamedTuple):
-    """Where a chunk is in the data and in the run; int32, so relative to the window of the feed."""
+class LoopPlace(NamedTuple):
+    """Where the loop is in the data and in the run; int32, so relative to the window of the feed."""
 
     offset: Any  # of the next example in `order`
     left: Any  # examples in the budget, as far as int32 counts
@@ -30,19 +30,19 @@ class Place(NamedTuple):
     decided: Any  # [lag + 1]: batch sizes of the next steps, the next one first
 
 
-class Chunk(NamedTuple):
-    """What a call leaves behind."""
+class LoopState(NamedTuple):
+    """What the loop carries from step to step, and what a call leaves behind."""
 
     params: PyTree
     opt_state: PyTree
-    place: Place
+    place: LoopPlace
     made: jax.Array  # int32: steps
     rows: dict[str, jax.Array]  # [steps per call] of each number; only the first `made` count
 
 
-def place_of(
+def loop_place(
     position: int, decided: tuple[int, ...], *, window: int, budget: int, steps: int
-) -> Place:
+) -> LoopPlace:
     """Where a run is, of which `position` and `decided` are known as in `RunState`.
 
     Args:
@@ -52,7 +52,7 @@ def place_of(
       budget: examples in the run.
       steps: that this call may make.
     """
-    return Place(
+    return LoopPlace(
         offset=np.int32(position - window),
         left=np.int32(min(budget - position, 2**31 - 1)),
         steps=np.int32(steps),
@@ -60,15 +60,15 @@ def place_of(
     )
 
 
-def make_chunk(
+def make_device_loop(
     step: Callable[..., tuple[PyTree, PyTree, dict[str, Any]]],
     devices: Devices,
     rung: Rung,
     sizes: tuple[int, int],
     num_examples: int,
     steps_per_call: int,
-) -> Callable[..., Chunk]:
-    """Builds the chunk of one rung.
+) -> Callable[..., LoopState]:
+    """Builds the loop for one rung.
 
     Args:
       step: as `make_step` builds it, spread over the devices.
@@ -79,14 +79,16 @@ def make_chunk(
       steps_per_call: room for the numbers of so many steps.
 
     Returns:
-      `chunk(params, opt_state, data, order, place) -> Chunk`; `order` int32: the examples of the epoch in
-      which the chunk begins, and of as many more as its batches may touch. It makes at least one step if
-      `place` has examples and steps left and a batch size of this rung.
+      `loop(params, opt_state, data, order, place) -> LoopState`; `order` int32: the examples of the epoch
+      in which the call begins, and of as many more as its batches may touch. It makes at least one step
+      if `place` has examples and steps left and a batch size of this rung.
     """
     micro, groups = rung.micro_batch_size, devices.groups(rung.num_groups)
     low, high = sizes
 
-    def batch(order: jax.Array, place: Place) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    def batch(
+        order: jax.Array, place: LoopPlace
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         length = jnp.minimum(place.decided[0], place.left)
         first = micro * jnp.arange(groups, dtype=jnp.int32)
         inside = jnp.arange(groups * micro, dtype=jnp.int32).reshape(groups, micro)
@@ -96,31 +98,31 @@ def make_chunk(
         loops = devices.share(-(-length // micro))
         return length, devices.dealt(indices), devices.dealt(group_sizes), loops
 
-    def chunk(
-        params: PyTree, opt_state: PyTree, data: PyTree, order: jax.Array, place: Place
-    ) -> Chunk:
-        def one(params: PyTree, opt_state: PyTree, place: Place) -> Any:
+    def loop(
+        params: PyTree, opt_state: PyTree, data: PyTree, order: jax.Array, place: LoopPlace
+    ) -> LoopState:
+        def one(params: PyTree, opt_state: PyTree, place: LoopPlace) -> Any:
             length, indices, group_sizes, loops = batch(order, place)
             params, opt_state, report = step(params, opt_state, data, indices, group_sizes, loops)
             row = {**report, "asked": place.decided[0], "length": length}
             decided = jnp.append(place.decided[1:], report["next_batch_size"])
-            after = Place(place.offset + length, place.left - length, place.steps - 1, decided)
+            after = LoopPlace(place.offset + length, place.left - length, place.steps - 1, decided)
             return params, opt_state, after, row
 
-        def more(so_far: Chunk) -> jax.Array:
+        def more(so_far: LoopState) -> jax.Array:
             place = so_far.place
             size = place.decided[0]
             inside = (place.offset < num_examples) & (size >= low) & (size < high)
             return inside & (place.left > 0) & (place.steps > 0)
 
-        def advance(so_far: Chunk) -> Chunk:
+        def advance(so_far: LoopState) -> LoopState:
             params, opt_state, place, row = one(so_far.params, so_far.opt_state, so_far.place)
             rows = jax.tree.map(lambda kept, x: kept.at[so_far.made].set(x), so_far.rows, row)
-            return Chunk(params, opt_state, place, so_far.made + 1, rows)
+            return LoopState(params, opt_state, place, so_far.made + 1, rows)
 
         shapes = jax.eval_shape(one, params, opt_state, place)[-1]
         rows = jax.tree.map(lambda s: jnp.zeros((steps_per_call, *s.shape), s.dtype), shapes)
-        begin = Chunk(params, opt_state, place, jnp.zeros((), jnp.int32), rows)
+        begin = LoopState(params, opt_state, place, jnp.zeros((), jnp.int32), rows)
         return jax.lax.while_loop(more, advance, begin)
 
-    return chunk
+    return loop

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import io_callback
 
-from adabatch_jax.training import TrainConfig, build_optimizer, make_step
+from adabatch_jax.training import TrainConfig, build_optimizer, make_step, resolve
 
 # Rows whose programs hold products of ours; the reader would find them there.
 HAVE_PRODUCTS = {
@@ -62,15 +62,15 @@ def apply(params, inputs):
 
 def step_of(apply, params, **options):
     """The fused step of a configuration, and what it is given."""
-    config = TrainConfig(**options)
-    optimizer = build_optimizer(config, config.epochs * EXAMPLES)
+    plan = resolve(TrainConfig(**options), EXAMPLES)
+    optimizer, test = build_optimizer(plan), plan.criterion
     rows = np.arange(GROUPS * GROUP, dtype=np.int32).reshape(GROUPS, GROUP)
     step = make_step(
         apply,
         optimizer,
-        coordinate_wise=config.criterion == "coordinate-norm",
-        inner_products=config.criterion in ("inner-product", "augmented"),
-        curvature=rows if config.measures_curvature else None,
+        coordinate_wise=test is not None and test.coordinate_wise,
+        inner_products=test is not None and test.inner_products,
+        curvature=rows if plan.curvature_examples else None,
     )
     data = np.ones((EXAMPLES, CLASSES), np.float32), np.zeros(EXAMPLES, np.int32)
     sizes, count = np.full(GROUPS, GROUP, np.int32), np.int32(6)

@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from adabatch_jax.training import TrainConfig, build_optimizer, make_step
+from adabatch_jax.training import TrainConfig, build_optimizer, make_step, resolve
 from adabatch_jax.training.data import Rung
 from adabatch_jax.training.step import CompiledSteps, make_gradient, make_update
 
 FEATURES, CLASSES = 256, 128
 CONFIG = TrainConfig(optimizer="adam", initial_batch_size=16, max_batch_size=64, epochs=1)
-OPTIMIZER = build_optimizer(CONFIG, 64)
+OPTIMIZER = build_optimizer(resolve(CONFIG, 64))
 DATA = (
     np.random.default_rng(0).normal(size=(64, FEATURES)).astype(np.float32),
     np.arange(64, dtype=np.int32) % CLASSES,

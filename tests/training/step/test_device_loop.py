@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from adabatch_jax.training import Dataset, TrainConfig, TrainingError, load_dataset, train
+from adabatch_jax.training import Dataset, TrainConfig, TrainingError, load_dataset, resolve, train
 from adabatch_jax.training._loop import Run
 from adabatch_jax.training.models import _classifier
 
@@ -20,8 +20,14 @@ def few(dataset, number):
     return Dataset(dataset.name, *kept, *dataset[3:])
 
 
+def run_of(config, dataset):
+    plan = resolve(config, len(dataset.train_labels))
+    every = config.checkpoint_every
+    return Run(plan, dataset, devices=config.devices, checkpoint_every=every)
+
+
 def made(config, dataset, after_step=None, state=None):
-    run, rows = Run(config, dataset), []
+    run, rows = run_of(config, dataset), []
     done = run(state or run.first, rows.append, after_step)
     return done, rows, run
 
@@ -101,7 +107,7 @@ def test_checkpoints_fall_on_their_steps_and_a_run_goes_on_from_them(digits):
     whole = made(config, digits, save)
     assert {10, 20, 30} <= saved.keys()
     (params, opt_state), rest = saved[20]
-    run = Run(config, digits)
+    run = run_of(config, digits)
     state = run.first._make((params, jax.tree.map(jax.numpy.asarray, opt_state), *rest))
     resumed = made(config, digits, state=state)
     assert_same((whole[0], whole[1][20:], None), resumed)
@@ -110,7 +116,7 @@ def test_checkpoints_fall_on_their_steps_and_a_run_goes_on_from_them(digits):
 def test_a_run_that_learns_nothing_is_stopped(digits, monkeypatch):
     spoiled = digits._replace(train_inputs=np.full_like(digits.train_inputs, np.nan))
     monkeypatch.setattr(_classifier, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
-    run, rows = Run(TrainConfig(model="logistic", epochs=1, steps_per_call=50), spoiled), []
+    run, rows = run_of(TrainConfig(model="logistic", epochs=1, steps_per_call=50), spoiled), []
     with pytest.raises(TrainingError, match="10 steps in a row"):
         run(run.first, rows.append)
     assert len(rows) == 10
