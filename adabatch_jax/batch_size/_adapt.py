@@ -15,23 +15,22 @@ from adabatch_jax._clock import advance, as_float, zero_clock
 from adabatch_jax.batch_size._arguments import (
     as_criterion,
     let_through,
-    only_trained,
     read_arguments,
     zero_evidence,
 )
-from adabatch_jax.batch_size._criterion import Criterion, corrected, of_population
+from adabatch_jax.batch_size._criterion import Criterion
+from adabatch_jax.batch_size._decide import Rules, decide
 from adabatch_jax.batch_size._sizes import Sizes, check_sizes
 from adabatch_jax.batch_size._state import (
     AdaptBatchSizeState,
     BatchSizeStatus,
+    Decision,
     SizeMemory,
     SizeRecord,
-    Tested,
 )
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
-_DISPLAY_DECAY = 0.9  # of the noise scale that `metrics` reports; no decision hangs on it
 
 
 def adapt_batch_size(
@@ -144,6 +143,7 @@ def adapt_batch_size(
     if dataset_size is not None:
         _validate.positive_int(where, dataset_size=dataset_size)
     criterion = as_criterion(criterion, debias, smoothing)
+    rules = Rules(criterion, smoothing, debias)
     population = dataset_size if criterion.uses_noise else None
     permitted = Sizes(
         min_batch_size, max_batch_size, multiple_of, growth_limit, monotone, population
@@ -186,92 +186,6 @@ def adapt_batch_size(
             ),
         )
 
-    def test(
-        sizes: Sizes,
-        trained: PyTree | None,
-        noise: GradientNoise,
-        read: dict[str, jax.Array],
-        state: AdaptBatchSizeState,
-    ) -> Tested:
-        evidence = criterion.evidence(noise, **read)
-        square = noise.squared_norm
-        groups = jnp.asarray(noise.num_groups)
-        examples = jnp.maximum(jnp.asarray(noise.num_examples).astype(jnp.float32), 1.0)
-        left = jnp.float32(1.0)
-        if population is not None:
-            left = jnp.maximum(population - examples, 0.0) / population
-        new = corrected(criterion, evidence, noise, debias=debias, population=left)
-        ignored = not criterion.uses_noise
-        # tr Σ is NaN, too, where a scatter is below 0: it was not measured.
-        known = _all_finite((evidence, () if ignored else (square, noise.trace)))
-        enough = ignored | (groups > 1)
-        signal = ignored | (square > 0)
-        usable = enough & known & signal
-
-        ema, weight, least = state.size_memory
-        if smoothing is None:
-            averaged = new
-        else:
-            decay = jnp.minimum(jnp.asarray(smoothing, jnp.float32), 1.0 - 1e-6)
-            weight = jnp.where(usable, decay * weight + (1 - decay), weight)
-            ema = _blend(usable, decay, ema, new)
-            start = jnp.where(weight > 0, weight, 1.0)
-            averaged = jax.tree.map(lambda e: e / start, ema)
-        if trained is not None and criterion.coordinate_wise:
-            averaged = tuple(only_trained(tree, trained) for tree in averaged)
-        numerator, denominator = criterion.summarize(*averaged)
-        required = criterion.required(numerator, denominator)
-        if required.shape != ():
-            raise ValueError(
-                f"adapt_batch_size: {criterion.name} must give a scalar, got shape {required.shape}"
-            )
-        if population is not None:
-            required = of_population(required, population)
-        finite = known & ~jnp.isnan(required)
-        usable &= finite
-
-        size, lonely = state.next_batch_size, jnp.bool_(False)
-        # Two groups as large as these. One alone has no variance: without a way out no test would ever
-        # count again. Two of them are the way, and the least from then on, until groups are smaller.
-        pair = 2 * -(-jnp.clip(noise.num_examples, 1, 2**29) // jnp.maximum(groups, 1))
-        pair = pair.astype(jnp.int32)
-        if not (monotone or ignored):
-            lonely = (groups == 1) & jnp.isfinite(square) & (square > 0) & (pair > size)
-            least = jnp.where(usable, jnp.minimum(least, pair), least)
-            least = jnp.where(lonely, jnp.maximum(least, pair), least)
-        moved = jnp.where(usable, sizes.after(size, required, least), size)
-        moved = jnp.where(lonely, sizes.rounded(jnp.minimum(pair, sizes.largest)), moved)
-        shown = jnp.stack([noise.trace, square - left * noise.trace / examples])
-        last = state.last_size_test
-        keep = jnp.where(last.display_ema[0] > 0, jnp.float32(_DISPLAY_DECAY), 0.0)
-        shown = keep * last.display_ema + (1 - keep) * shown
-        if ignored:  # it need not have been measured
-            shown = jnp.where(jnp.all(jnp.isfinite(shown)), shown, last.display_ema)
-        status = jnp.where(moved == size, BatchSizeStatus.PASSED, BatchSizeStatus.CHANGED)
-        status = jnp.where(signal, status, BatchSizeStatus.ZERO_GRADIENT)
-        status = jnp.where(finite, status, BatchSizeStatus.NOT_FINITE)
-        status = jnp.where(enough, status, BatchSizeStatus.TOO_FEW_GROUPS)
-
-        def kept(x: Any, old: jax.Array) -> jax.Array:
-            return jnp.where(usable, jnp.asarray(x).astype(old.dtype), old)
-
-        skipped = optax.safe_increment(last.skipped_tests)
-        return Tested(
-            next_batch_size=moved.astype(jnp.int32),
-            size_memory=SizeMemory(ema, weight, least),
-            last_size_test=SizeRecord(
-                display_ema=kept(shown, last.display_ema),
-                test_numerator=kept(numerator, last.test_numerator),
-                test_denominator=kept(denominator, last.test_denominator),
-                test_degrees_of_freedom=kept(
-                    0 if ignored else groups - 1, last.test_degrees_of_freedom
-                ),
-                required_batch_size=kept(required, last.required_batch_size),
-                test_status=status.astype(jnp.int32),
-                skipped_tests=jnp.where(usable, last.skipped_tests, skipped),
-            ),
-        )
-
     def update(
         updates: PyTree,
         state: AdaptBatchSizeState,
@@ -296,20 +210,22 @@ def adapt_batch_size(
         due = state.updates_until_test == 0
         at_maximum = sizes.full(state.next_batch_size)
 
-        def look(noise: GradientNoise, read: Any, state: AdaptBatchSizeState) -> Tested:
-            return test(sizes, trained, let_through(noise, updates, criterion), read, state)
+        def look(noise: GradientNoise, read: Any, before: Decision) -> Decision:
+            noise = let_through(noise, updates, criterion)
+            return decide(rules, sizes, trained, noise, read, before)
 
-        def skip(_: GradientNoise, __: Any, state: AdaptBatchSizeState) -> Tested:
+        def skip(_: GradientNoise, __: Any, before: Decision) -> Decision:
             status = jnp.where(due, BatchSizeStatus.HELD, BatchSizeStatus.NOT_TESTED)
             status = jnp.where(at_maximum, BatchSizeStatus.AT_MAXIMUM, status)
-            shown = state.last_size_test._replace(test_status=status.astype(jnp.int32))
-            return Tested(state.next_batch_size, state.size_memory, shown)
+            last = before.last_size_test._replace(test_status=status.astype(jnp.int32))
+            return before._replace(last_size_test=last)
 
         clock = advance(state.examples_clock, noise.num_examples)
         read = read_arguments(criterion, {**extra_args, "examples_seen": as_float(clock)})
         # Without `emit` the batch is not complete, and adaptive_multi_steps drops what we return.
         complete = jnp.asarray(emit).astype(bool)
-        tested = jax.lax.cond(due & complete & ~hold & ~at_maximum, look, skip, noise, read, state)
+        before = Decision(*(getattr(state, name) for name in Decision._fields))
+        tested = jax.lax.cond(due & complete & ~hold & ~at_maximum, look, skip, noise, read, before)
         # A state that was restored beside other calls may hold a size that these do not add up to.
         tested = tested._replace(next_batch_size=sizes.rounded(tested.next_batch_size))
         until = jnp.where(due, test_interval, state.updates_until_test) - 1
@@ -323,19 +239,3 @@ def adapt_batch_size(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _blend(usable: jax.Array, decay: jax.Array, ema: PyTree, new: PyTree) -> PyTree:
-    """The average with one more; the old one where that is not `usable`.
-
-    Behind a condition, or XLA's CPU compiler writes what `usable` is made of, every leaf, into every leaf.
-    """
-
-    def blended(decay: jax.Array, ema: PyTree, new: PyTree) -> PyTree:
-        return jax.tree.map(lambda e, x: decay * e + (1 - decay) * x, ema, new)
-
-    return jax.lax.cond(usable, blended, lambda _, ema, __: ema, decay, ema, new)
-
-
-def _all_finite(tree: PyTree) -> jax.Array:
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]).all()

@@ -9,20 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple, checked_axes
+from adabatch_jax._axes import AxisName, axis_tuple
 from adabatch_jax._dropped import state_after_dropped_step
 from adabatch_jax._tree import cast_like, wide, widen
-from adabatch_jax.batch_size._call import (
-    check_call,
-    check_first_batch,
-    given_call,
-    is_complete,
-    measure_call,
-)
+from adabatch_jax.batch_size._call import check_call, check_first_batch, is_complete
+from adabatch_jax.batch_size._gather import Wrapping, averaged_already, call_of, gather
 from adabatch_jax.batch_size._read_state import controller_state, needs_noise, returns_made
 from adabatch_jax.batch_size._run_if import run_if, unmoved
 from adabatch_jax.batch_size._trained import Leaves, moved_leaves
-from adabatch_jax.noise import UNMEASURED, GradientNoise, blend, join_noise, unless_measured
+from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
 _MOST_OFFERED = 2**30
@@ -158,7 +153,7 @@ def adaptive_multi_steps(
     if micro_batch_size is not None:
         _validate.positive_int("adaptive_multi_steps", micro_batch_size=micro_batch_size)
     optimizer = optax.with_extra_args_support(optimizer)
-    axes = axis_tuple(axis_name)
+    wrapping = Wrapping(micro_batch_size, axis_tuple(axis_name), coordinate_wise)
     moved = _Moved(optimizer)
 
     def init(params: PyTree) -> AdaptiveMultiStepsState:
@@ -207,61 +202,34 @@ def adaptive_multi_steps(
             return answer, state._replace(inner_opt_state=inner)
         told = dict(value=value, num_examples=num_examples, batch_size=batch_size)
         told["micro_batch_size"] = micro_batch_size
-        gathered = state.gathered_noise
-        check_call(updates, gathered, noise, told)
-        devices = 1
-        for axis in axes:
-            devices *= jax.lax.axis_size(axis)
+        before = state.gathered_noise
+        check_call(updates, before, noise, told)
         controller = controller_state(state.inner_opt_state)
         # Whether there will be a test is known before: the controller moves only when a batch is full.
         measure = needs_noise(state.inner_opt_state)
-        unit = None if micro_batch_size is None else micro_batch_size * devices
+        unit = wrapping.unit()
         extra_args["batch_size_multiple"] = 1 if unit is None else unit
 
         parts = moved(updates, state, params, noise, {k: told[k] for k in _SUMS}, extra_args)
         if not all(parts.trained):
             structure = jax.tree.structure(updates)
             extra_args["trained"] = jax.tree.unflatten(structure, parts.trained)
+        if noise is None and num_examples is None and micro_batch_size is not None:
+            first = _initial_size(optimizer, updates)
+            check_first_batch(first, micro_batch_size, wrapping.num_devices(), 2)
         size = micro_batch_size if num_examples is None else num_examples
+        call = call_of(wrapping, parts, updates, noise, value, size, before, measure)
+        along = None if noise is None else noise.inner_product_scatter
+        gathered = gather(parts, before, state.gathered_value, call, along, measure)
+        joint, averaged = gathered.noise, state.averaged_gradient
         if noise is None:
-            if num_examples is None and micro_batch_size is not None:
-                first = _initial_size(optimizer, updates)
-                check_first_batch(first, micro_batch_size, devices, 2)
-            call = measure_call(
-                parts.trained_part(updates),
-                parts.frozen_part(updates),
-                value,
-                size,
-                gathered=parts.trained_part(gathered.mean),
-                measure=measure,
-                coordinate_wise=coordinate_wise,
-                axes=axes,
-            )
-        else:
-            seen = parts.noise_of_trained(noise)
-            call = given_call(seen, parts.frozen_part(updates), value, measure)
-        found = call.noise
-        joint = join_noise(parts.noise_of_trained(gathered), found, measure, call.gaps)
-        n_old, n_new = (x.num_examples.astype(jnp.float32) for x in (gathered, found))
-        old = (parts.frozen_part(gathered.mean), state.gathered_value)
-        frozen, mean_loss = blend(n_old, old, n_new, (call.frozen, call.loss))
-        if noise is not None and noise.inner_product_scatter is not None:
-            alone = gathered.num_examples == 0
-            scatter = jnp.where(alone, noise.inner_product_scatter, UNMEASURED)
-            joint = joint._replace(inner_product_scatter=scatter)
-
-        averaged = state.averaged_gradient
-        if noise is None and devices > 1 and not checked_axes(axes):
-            # Devices that hold the same gradient differ by the rounding of a mean over them.
-            rounding = 1e-12 + 1e-16 * devices**2  # squared and relative, float32
-            alike = found.scatter <= rounding * found.num_examples * found.squared_norm
-            averaged = averaged | (alike & (found.num_groups > 1) & (found.squared_norm > 0))
+            averaged |= averaged_already(wrapping, call.noise)
 
         largest_call = jnp.maximum(state.largest_call, call.offered)
         offered = jnp.minimum(state.examples_offered, _MOST_OFFERED) + call.offered
         next_call = largest_call if unit is None else unit
         emit = is_complete(joint, controller, next_call, measure, told=unit is None)
-        told_loss, returns = mean_loss, returns_made(state.inner_opt_state)
+        told_loss, returns = gathered.loss, returns_made(state.inner_opt_state)
         may_return = returns is not None and value is not None
         if may_return:  # as many calls as fill a batch, all skipped
             lost = (offered >= controller.next_batch_size) & (joint.num_examples == 0)
@@ -272,12 +240,8 @@ def adaptive_multi_steps(
         if num_examples is not None:
             extra_args["num_examples"] = joint.num_examples
         held = jnp.asarray(hold_batch_size).astype(bool) | averaged
-        gradient = cast_like(parts.joined(updates, joint.mean, frozen), updates)
-        shown = joint._replace(
-            mean=cast_like(parts.joined(updates, joint.mean), updates),
-            coordinate_scatter=parts.joined(gathered.coordinate_scatter, joint.coordinate_scatter),
-        )
-        shown = unless_measured(shown, measure)
+        gradient = gathered.gradient(parts, updates)
+        shown = gathered.shown(parts, updates, before, measure)
 
         def act(turn: jax.Array, inner: PyTree) -> tuple[PyTree, PyTree]:
             mean, seen, given, more = unmoved((gradient, shown, params, extra_args), turn)
@@ -295,19 +259,11 @@ def adaptive_multi_steps(
             emit &= ~lost | (returns_made(inner) > returns)
         new_updates = jax.tree.map(lambda u: jnp.where(emit, u, jnp.zeros_like(u)), new_updates)
         empty = jnp.where(emit, 0, 1)
-        # The running mean needs no clearing: without examples a side has no weight in a merge.
-        counts = ("num_examples", "num_groups")
-        left = joint._replace(
-            **{k: getattr(joint, k).astype(jnp.int32) * empty for k in counts},
-            mean=parts.joined(gathered.mean, joint.mean, frozen, rest=lambda x: x),
-            coordinate_scatter=parts.joined(gathered.coordinate_scatter, joint.coordinate_scatter),
-            inner_product_scatter=None,
-        )
         return new_updates, AdaptiveMultiStepsState(
             emitted=emit,
-            skipped_call=(call.skipped > 0) | (found.num_examples == 0),
-            gathered_noise=left,
-            gathered_value=mean_loss,
+            skipped_call=(call.skipped > 0) | (call.noise.num_examples == 0),
+            gathered_noise=gathered.left(parts, before, empty),
+            gathered_value=gathered.loss,
             micro_batches=(state.micro_batches + 1) * empty,
             examples_offered=offered * empty,
             largest_call=largest_call,

@@ -51,7 +51,7 @@ class SizeRecord(NamedTuple):
     skipped_tests: jax.Array  # int32: tests without usable evidence; saturates
 
 
-class Tested(NamedTuple):
+class Decision(NamedTuple):
     """The fields of the state that a test changes."""
 
     next_batch_size: jax.Array

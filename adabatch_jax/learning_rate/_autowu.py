@@ -6,35 +6,40 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying
-from adabatch_jax._clock import advance, as_float, zero_clock
+from adabatch_jax._clock import zero_clock
 from adabatch_jax._tree import scale
 from adabatch_jax.learning_rate._autowu_plan import Plan, read_clock
 from adabatch_jax.learning_rate._autowu_state import (
     AutowuPhase,
     ScaleByAutowuState,
-    Verdict,
     WarmupEnd,
     WarmupMemory,
     WarmupRecord,
 )
-from adabatch_jax.learning_rate._decision import decide
-from adabatch_jax.learning_rate._divergence import LossLevel, follow, no_level
+from adabatch_jax.learning_rate._autowu_step import (
+    Statics,
+    moment_of,
+    with_direction,
+    with_end,
+    with_loss,
+    with_rate,
+    with_test,
+    with_time,
+)
+from adabatch_jax.learning_rate._divergence import no_level
 from adabatch_jax.learning_rate._examples import examples_behind
-from adabatch_jax.learning_rate._loss_history import empty_history, record
-from adabatch_jax.learning_rate._posterior_test import Smoother
+from adabatch_jax.learning_rate._loss_history import empty_history
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
-from adabatch_jax.learning_rate._step_length import StepLength, measure, no_length
+from adabatch_jax.learning_rate._step_length import no_length
 from adabatch_jax.noise import GradientNoise
 
 PyTree = Any
 SMOOTHERS = {"rbf": rbf_smoother, "quasisep": quasisep_smoother}
-MAX_SETBACKS = 6  # down to 1/64 of the peak: by more than that it cannot have been too high
 
 
 def scale_by_autowu(
@@ -193,9 +198,8 @@ def scale_by_autowu(
     )
     plan.check(max_losses, initial_batch_size)
     _validate.one_of("scale_by_autowu", tuple(SMOOTHERS), smoother=smoother)
-    gp: Smoother = SMOOTHERS[smoother]()
+    statics = Statics(plan, SMOOTHERS[smoother](), warmup_over)
     axes, sign = axis_tuple(axis_name), -1.0 if flip_sign else 1.0
-    unsearched = not max_warmup_fraction > 0
 
     def init(params: PyTree) -> ScaleByAutowuState:
         del params
@@ -221,7 +225,7 @@ def scale_by_autowu(
             loss_level=no_level() if watch_divergence else (),
             step_length=() if max_relative_step is None else no_length(),
             warmup_memory=WarmupMemory(
-                smoother_state=gp.init(),
+                smoother_state=statics.smoother.init(),
                 draw_key=jax.random.PRNGKey(seed),
                 yes_in_a_row=count(),
             ),
@@ -265,88 +269,15 @@ def scale_by_autowu(
             )
         if axes:
             loss = jax.lax.pmean(to_varying(loss, checked_axes(axes)), axes)
-        increment = _increment(plan, noise, num_examples)
-        first = jnp.where(state.first_increment > 0, state.first_increment, increment)
-        clock = advance(state.autowu_clock, increment)
-        position, end = as_float(state.autowu_clock), as_float(clock)
-        rises = state.warmup_end == WarmupEnd.RUNNING
-
-        length = state.step_length
-        if isinstance(length, StepLength) and (unsearched or not warmup_over):
-            bound = max_relative_step
-            length = measure(length, updates, params, bound, rises | unsearched, unsearched)
-        top = plan.top(first)
-        factor, held = plan.falling(position, end, state.peak_position)
-        peak = state.peak_learning_rate
-        if unsearched and isinstance(length, StepLength):
-            peak = jnp.minimum(peak, length.highest_rate)
-            factor *= length.share_seen
-        rate = jnp.where(rises, plan.rising(position, top), peak * factor)
-        rate = rate.astype(jnp.float32)
-        phase = jnp.where(held, int(AutowuPhase.HOLD), int(AutowuPhase.DECAY))
-        phase = jnp.where(rises, int(AutowuPhase.WARMUP), phase).astype(jnp.int32)
-
-        finite = jnp.isfinite(loss)
-        kept, left_out, diverged = loss, ~finite, jnp.zeros((), bool)
-        level = state.loss_level
-        if isinstance(level, LossLevel):
-            level, kept, left_out, diverged = follow(level, loss, position, rises)
-        setback = diverged & ~rises & (finite | state.warmup_ended_lately())
-        setback &= state.setbacks < MAX_SETBACKS
-        since = state.since_test + jnp.maximum(increment, 0).astype(jnp.uint32)
-        state = state._replace(
-            autowu_learning_rate=rate,
-            autowu_phase=phase,
-            peak_learning_rate=jnp.where(setback, 0.5, 1.0) * peak,
-            autowu_clock=clock,
-            first_increment=first.astype(jnp.int32),
-            since_test=since % np.uint32(plan.interval),
-            loss_history=record(state.loss_history, kept, position, ~left_out & rises),
-            loss_level=level,
-            step_length=length,
-            nonfinite_losses=state.nonfinite_losses + (~finite).astype(jnp.int32),
-            exploded_losses=state.exploded_losses + (left_out & finite).astype(jnp.int32),
-            setbacks=state.setbacks + setback.astype(jnp.int32),
-        )
-
-        last = jnp.minimum(top, jnp.float32(plan.cooldown_start))
-        at_end = rises & (end >= last)
-        stop = at_end & (at_limit == "minimum")
-        diverged &= rises
-        # One loss alone has no minimum; and without `emit` the result would be dropped.
-        due = (since >= np.uint32(plan.interval)) & ~at_end
-        due = (due | diverged | stop) & rises & (state.loss_history.entries > 1)
-        due &= jnp.asarray(emit).astype(bool)
-        # The paper's x = 1 lies one step past the last loss; a smoother that does not look ahead
-        # takes the last loss for the present, and that loss answers to the rate of the step before.
-        span = end if gp.looks_ahead else jnp.maximum(position, 1.0)
-        delay = 0.0 if gp.looks_ahead else increment.astype(jnp.float32) / span
-
-        def test(state: ScaleByAutowuState) -> Verdict:
-            return decide(plan, gp, state, span, span / last, delay, diverged, stop)
-
-        def wait(state: ScaleByAutowuState) -> Verdict:
-            return Verdict(*(getattr(state, name) for name in Verdict._fields))
-
-        if not (warmup_over or unsearched):
-            state = state._replace(**jax.lax.cond(due, test, wait, state)._asdict())
-
-        # Without a test that ended it, the warm-up goes on from its last rate at the limit.
-        quits = at_end & (state.warmup_end == WarmupEnd.RUNNING)
-        known = state.loss_history.entries > 0
-        reason = jnp.where(known, int(WarmupEnd.AT_LIMIT), int(WarmupEnd.NO_FINITE_LOSS))
-        ended = jnp.where(quits, reason, state.warmup_end).astype(jnp.int32)
-        switches = rises & (ended != WarmupEnd.RUNNING)
-        level = state.loss_level
-        if isinstance(level, LossLevel):  # the next loss may be that of other parameters
-            level = level._replace(begun=level.begun & ~switches)
-        state = state._replace(
-            warmup_end=ended,
-            peak_learning_rate=jnp.where(quits, state.bounded(rate), state.peak_learning_rate),
-            peak_position=jnp.where(switches, end, state.peak_position),
-            loss_level=level,
-        )
-        return scale(updates, sign * rate), state
+        moment = moment_of(plan, state, _increment(plan, noise, num_examples))
+        state = with_direction(statics, state, moment, updates, params)
+        state = with_rate(statics, state, moment)
+        state, diverged = with_loss(state, moment, loss)
+        state, interval_over = with_time(plan, state, moment)
+        complete = jnp.asarray(emit).astype(bool)
+        state = with_test(statics, state, moment, interval_over, diverged, complete)
+        state = with_end(plan, state, moment)
+        return scale(updates, sign * state.autowu_learning_rate), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

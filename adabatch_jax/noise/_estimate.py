@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple, to_varying, varying_axes
-from adabatch_jax._tree import cast_like
-from adabatch_jax.noise._accumulate import (
-    Tally,
-    accumulate,
-    first,
-    pool_devices,
-    pool_leading,
-    prepare,
-    single,
-)
-from adabatch_jax.noise._arguments import (
-    check_bools,
-    check_in_turn,
-    check_scalar,
-    explained,
-    take_apart,
-    taken_apart_loss,
-    to_arrays,
-)
-from adabatch_jax.noise._aux import join_aux, split_aux
-from adabatch_jax.noise._gradient_noise import GradientNoise, unless_measured
-from adabatch_jax.noise._groups import group_sizes, leading_shape
+from adabatch_jax._axes import AxisName, axis_tuple
+from adabatch_jax.noise._arguments import check_bools
+from adabatch_jax.noise._gradient_noise import GradientNoise
+from adabatch_jax.noise._passes import Options, value_and_noise
 
 PyTree = Any
 
@@ -176,26 +153,10 @@ def value_and_grad_noise(
 
 
 def estimator(
-    loss_fn: Callable[..., Any],
-    *,
-    has_aux: bool = False,
-    sum_aux: PyTree = False,
-    trained: PyTree = None,
-    axis_name: AxisName = None,
-    vectorize: int | None = None,
-    coordinate_wise: bool = False,
-    inner_products: bool = False,
-    lanes: bool = False,
-    together: Callable[..., tuple[Tally, Callable[[PyTree], jax.Array]]] | None = None,
+    loss_fn: Callable[..., Any], *, axis_name: AxisName = None, **options: Any
 ) -> Callable[..., tuple[Any, GradientNoise]]:
-    """`value_and_grad_noise`, its arguments checked.
-
-    With `together`, which is called as `_structured`'s `batch_tally`, `vectorize` groups go through it as
-    one; all of them with None.
-    """
-    where = "value_and_grad_noise"
-    axes = axis_tuple(axis_name)
-    ndim = 2 if lanes else 1
+    """`value_and_grad_noise`, its arguments checked: the other fields of `Options`."""
+    given = Options(loss_fn=loss_fn, axes=axis_tuple(axis_name), **options)
 
     def fn(
         params: PyTree,
@@ -205,89 +166,8 @@ def estimator(
         sizes: Any = None,
         measure: Any = None,
     ) -> tuple[Any, GradientNoise]:
-        groups = to_arrays(where, "groups", groups)
-        parts = take_apart(where, params, trained)
-        leading = leading_shape(groups, ndim)
-        masked = count is not None or sizes is not None
-        sizes = group_sizes(groups, sizes, leading)
-        bound = leading[0] if count is None else jnp.clip(count, 0, leading[0]).astype(jnp.int32)
-        params = prepare(where, parts.trained, groups, axes)
-        varying = varying_axes((params, parts.frozen, groups, args, sizes, bound))
-        at_once = min(leading[0], vectorize or leading[0])
-        if not lanes:
-            check_in_turn(where, groups)
-        over_groups = partial(
-            accumulate, (groups, sizes), vectorize=at_once, lanes=lanes, varying=varying
+        return value_and_noise(
+            given, params, groups, args, count=count, sizes=sizes, measure=measure
         )
-
-        def loss_parts(p: PyTree, group: PyTree) -> Any:
-            with explained(where):
-                out = loss_fn(parts.whole(p), group, *args)
-            value, aux = taken_apart_loss(where, "loss_fn", out, has_aux)
-            check_scalar(where, value)
-            return value, split_aux(where, aux, sum_aux)
-
-        def gradient(group: PyTree, size: jax.Array) -> Tally:
-            (value, aux), mean = jax.value_and_grad(loss_parts, has_aux=True)(params, group)
-            zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), mean)
-            noise = single(mean, size)._replace(
-                coordinate_scatter=zeros if coordinate_wise else None
-            )
-            return Tally(noise, value, *aux)
-
-        project = None
-        if together is None:
-            total = over_groups(bound, gradient, measure)
-        else:
-            batch = partial(
-                together,
-                loss_parts,
-                params,
-                coordinate_wise=coordinate_wise,
-                measure=measure,
-                varying=varying,
-            )
-            if at_once == leading[0]:
-                sizes = sizes if count is None else jnp.where(jnp.arange(at_once) < bound, sizes, 0)
-                total, project = batch(groups, sizes, masked=masked)
-            else:
-                each = lambda group, sizes: batch(group, sizes, masked=True)[0]
-                total = over_groups(bound, each, measure, together=True)
-        total = pool_devices(total, axes)
-        mean = cast_like(total.noise.mean, params)
-        noise = total.noise._replace(mean=mean)
-
-        if inner_products:
-            # The gradient g of JAX is that for which a step d changes the loss by Re Σ g·d: conjugate.
-            direction = to_varying(jax.tree.map(jnp.conj, mean), varying_axes(params))
-
-            def projection(group: PyTree, size: jax.Array) -> Tally:
-                loss = lambda p: loss_parts(p, group)[0]
-                value, along = jax.jvp(loss, (params,), (direction,))
-                return Tally(single(along, size), value, (), (), ())
-
-            second = bound if measure is None else jnp.where(measure, bound, 0)
-            if project:
-                along = project(direction)
-                tally = jax.vmap(lambda x, size: Tally(single(x, size), x, (), (), ()))(
-                    along, sizes
-                )
-                products = pool_leading(tally)
-            else:
-                products = over_groups(second, projection)
-            noise = noise._replace(inner_product_scatter=pool_devices(products, axes).noise.scatter)
-        if measure is not None:
-            noise = unless_measured(noise, jnp.asarray(measure).astype(bool))
-
-        noise = noise._replace(
-            mean=parts.filled(noise.mean),
-            coordinate_scatter=parts.filled(noise.coordinate_scatter, jnp.float32),
-        )
-        value = jnp.where(noise.num_examples == 0, jnp.nan, total.value)
-        if not has_aux:
-            return value, noise
-        of_first = lambda g: loss_fn(parts.whole(params), first(g, ndim), *args)[1]
-        shape = jax.eval_shape(of_first, groups)
-        return (value, join_aux(where, shape, sum_aux, total[2:])), noise
 
     return fn

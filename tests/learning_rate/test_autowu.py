@@ -13,7 +13,7 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import AutowuPhase, WarmupEnd
-from adabatch_jax.learning_rate import _autowu, _autowu_preset
+from adabatch_jax.learning_rate import _autowu, _autowu_preset, _autowu_step
 from adabatch_jax.learning_rate._divergence import follow, no_level
 from adabatch_jax.learning_rate._posterior_test import Draws
 from tests.learning_rate.losses import BOWL, FALLING, T
@@ -341,9 +341,9 @@ def test_a_setback_after_the_warm_up_halves_the_rate_and_there_is_a_limit():
     peaks = np.asarray(states.peak_learning_rate)
     np.testing.assert_allclose(peaks[-1], 0.5 * peaks[35])
     _, states = run(link, np.where(np.arange(T) < 34, FALLING, 3.0 * 2.0 ** (np.arange(T) - 34.0)))
-    assert int(states.setbacks[-1]) == _autowu.MAX_SETBACKS
+    assert int(states.setbacks[-1]) == _autowu_step.MAX_SETBACKS
     peaks = np.asarray(states.peak_learning_rate)
-    np.testing.assert_allclose(peaks[-1], 0.5**_autowu.MAX_SETBACKS * peaks[33])
+    np.testing.assert_allclose(peaks[-1], 0.5**_autowu_step.MAX_SETBACKS * peaks[33])
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from adabatch_jax import (
     metrics,
     random_matrix_scaling,
 )
-from adabatch_jax.learning_rate import _autowu
+from adabatch_jax.learning_rate import _autowu_step
 from adabatch_jax.training import (
     TrainConfig,
     TrainingError,
@@ -143,8 +143,8 @@ def test_one_program_holds_the_gaussian_process(digits, monkeypatch, steps_per_c
 
     Slow: whole runs with a Gaussian process in their step.
     """
-    traced, plain = [], _autowu.decide
-    monkeypatch.setattr(_autowu, "decide", lambda *given: traced.append(1) or plain(*given))
+    traced, plain = [], _autowu_step.decide
+    monkeypatch.setattr(_autowu_step, "decide", lambda *given: traced.append(1) or plain(*given))
     options = dict(model="logistic", epochs=5, max_batch_size=64, steps_per_call=steps_per_call)
     config = TrainConfig(auto=True, **options)
     assert run_steps(config, digits, lambda row: None).compilations > 2
