@@ -15,7 +15,7 @@ import optax
 import adabatch_jax as adabatch
 from adabatch_jax import _validate
 from adabatch_jax.learning_rate import LEAST_WARMUP_STEPS
-from adabatch_jax.optimizers._adadagrad import adagrad_direction
+from adabatch_jax.optimizers import adagrad_direction
 
 Transformation: TypeAlias = optax.GradientTransformation
 Rate: TypeAlias = float | optax.Schedule  # a schedule counts examples
