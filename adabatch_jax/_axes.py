@@ -17,8 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-PyTree = Any
-AxisName = str | Sequence[str] | None
+from adabatch_jax._types import AxisName, PyTree
 
 
 def axis_tuple(axis_name: AxisName) -> tuple[str, ...]:

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 
 from adabatch_jax._protocols import remembers_dropped_steps
-
-PyTree = Any
+from adabatch_jax._types import PyTree
 
 
 def state_after_dropped_step(before: PyTree, after: PyTree, *, used_up: bool) -> PyTree:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
+from adabatch_jax._types import PyTree
 
 
 def wide(dtype: Any) -> Any:

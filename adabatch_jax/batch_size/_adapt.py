@@ -12,6 +12,7 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._clock import advance, as_float, zero_clock
+from adabatch_jax._types import PyTree
 from adabatch_jax.batch_size._arguments import (
     as_criterion,
     let_through,
@@ -29,8 +30,6 @@ from adabatch_jax.batch_size._state import (
     SizeRecord,
 )
 from adabatch_jax.noise import GradientNoise
-
-PyTree = Any
 
 
 def adapt_batch_size(

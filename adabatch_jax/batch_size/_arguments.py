@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adabatch_jax._types import PyTree
 from adabatch_jax.batch_size._criterion import Criterion, Evidence, corrected
 from adabatch_jax.noise import GradientNoise
-
-PyTree = Any
 
 
 def as_criterion(

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from adabatch_jax import _validate
 from adabatch_jax._axes import checked_axes, shared_axis, to_varying
 from adabatch_jax._tree import align, squared_norm, trainable, widen
+from adabatch_jax._types import PyTree
 from adabatch_jax.batch_size._arguments import as_scalar
 from adabatch_jax.batch_size._state import AdaptBatchSizeState
 from adabatch_jax.noise import GradientNoise, pool_noise, squared_gaps
 
-PyTree = Any
 _WHERE = "adaptive_multi_steps"
 
 

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from adabatch_jax import _validate
 from adabatch_jax._axes import to_varying, varying_axes
 from adabatch_jax._tree import abs_squared, widen
+from adabatch_jax._types import PyTree
 from adabatch_jax.batch_size._criterion import Criterion, Evidence
 from adabatch_jax.batch_size._order_statistic import order_statistic
 from adabatch_jax.noise import GradientNoise
-
-PyTree = Any
 
 
 def norm_test(eta: Any) -> Criterion:

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adabatch_jax._types import PyTree
 from adabatch_jax.noise import GradientNoise
-
-PyTree = Any
 
 
 class Evidence(NamedTuple):

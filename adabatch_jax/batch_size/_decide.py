@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adabatch_jax._types import PyTree
 from adabatch_jax.batch_size._arguments import only_trained
 from adabatch_jax.batch_size._criterion import Criterion, corrected, of_population
 from adabatch_jax.batch_size._sizes import Sizes
 from adabatch_jax.batch_size._state import BatchSizeStatus, Decision, SizeMemory, SizeRecord
 from adabatch_jax.noise import GradientNoise
 
-PyTree = Any
 _DISPLAY_DECAY = 0.9  # of the noise scale that `metrics` reports; no decision hangs on it
 
 

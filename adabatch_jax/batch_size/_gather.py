@@ -10,11 +10,10 @@ import jax.numpy as jnp
 
 from adabatch_jax._axes import checked_axes
 from adabatch_jax._tree import cast_like
+from adabatch_jax._types import PyTree
 from adabatch_jax.batch_size._call import Call, given_call, measure_call
 from adabatch_jax.batch_size._trained import Leaves
 from adabatch_jax.noise import UNMEASURED, GradientNoise, blend, join_noise, unless_measured
-
-PyTree = Any
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple
+from adabatch_jax._axes import axis_tuple
 from adabatch_jax._dropped import state_after_dropped_step
 from adabatch_jax._tree import cast_like, wide, widen
+from adabatch_jax._types import AxisName, PyTree
 from adabatch_jax.batch_size._call import check_call, check_first_batch, is_complete
 from adabatch_jax.batch_size._gather import Wrapping, averaged_already, call_of, gather
 from adabatch_jax.batch_size._read_state import controller_state, needs_noise, returns_made
@@ -19,7 +20,6 @@ from adabatch_jax.batch_size._run_if import run_if, unmoved
 from adabatch_jax.batch_size._trained import Leaves, moved_leaves
 from adabatch_jax.noise import GradientNoise
 
-PyTree = Any
 _MOST_OFFERED = 2**30
 _SUMS = ("value", "num_examples")  # of a call; the links inside are told those of the batch
 

@@ -17,9 +17,9 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._protocols import emits_steps, goes_back, is_record, reports_metrics
+from adabatch_jax._types import PyTree
 from adabatch_jax.batch_size._state import AdaptBatchSizeState
 
-PyTree = Any
 _SKIPPING = (optax.ApplyIfFiniteState, optax.MultiStepsState)
 
 

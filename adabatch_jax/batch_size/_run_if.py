@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax._axes import to_varying, varying_axes
-
-PyTree = Any
+from adabatch_jax._types import PyTree
 
 
 def run_if(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
+from adabatch_jax._types import Schedule
 from adabatch_jax.batch_size._criterion import Criterion, Evidence
 from adabatch_jax.noise import GradientNoise
 
 
-def cabs(
-    learning_rate: float | Callable[[jax.Array], Any], *, lowest_loss: float = 0.0
-) -> Criterion:
+def cabs(learning_rate: float | Schedule, *, lowest_loss: float = 0.0) -> Criterion:
     """CABS: the batch size follows the learning rate, b = α · tr Σ / (L − L*).
 
     A step of SGD gains most per example at this size, if 1/α is the curvature and the gradient's square
@@ -65,7 +62,7 @@ def cabs(
     return Criterion(where, evidence, reads=reads)
 
 
-def batch_size_schedule(schedule: Callable[[jax.Array], Any]) -> Criterion:
+def batch_size_schedule(schedule: Schedule) -> Criterion:
     """A batch size fixed in advance: b = schedule(examples processed).
 
     A ramp is `optax.linear_schedule(64, 4096, 100_000)`, stairs are

@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adabatch_jax._types import PyTree
 from adabatch_jax.batch_size._read_state import last_call
-
-PyTree = Any
 
 
 def unless_skipped(opt_state: PyTree, new: PyTree, old: PyTree) -> PyTree:

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax._clock import as_int
-
-PyTree = Any
+from adabatch_jax._types import PyTree
 
 
 class BatchSizeStatus(enum.IntEnum):

@@ -16,9 +16,8 @@ import numpy as np
 import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from adabatch_jax._types import PyTree
 from adabatch_jax.noise import GradientNoise
-
-PyTree = Any
 
 
 class _Known(NamedTuple):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
+from adabatch_jax._types import ArrayLike
 from adabatch_jax.curvature._effective_batch_size import float32_arrays, root
 
 
@@ -31,7 +32,7 @@ class GaussNewtonExtremes(NamedTuple):
 
 
 def batch_gauss_newton_extremes(
-    largest: Any, noise: Any, ratio: Any, *, dataset_ratio: Any = 0.0
+    largest: ArrayLike, noise: ArrayLike, ratio: ArrayLike, *, dataset_ratio: ArrayLike = 0.0
 ) -> GaussNewtonExtremes:
     """Outermost eigenvalues of a batch's Gauss-Newton matrix, from the full λ₁ and the noise.
 
@@ -77,7 +78,7 @@ def batch_gauss_newton_extremes(
 
 
 def full_gauss_newton_extremes(
-    largest: Any, noise: Any, ratio: Any, *, dataset_ratio: Any = 0.0
+    largest: ArrayLike, noise: ArrayLike, ratio: ArrayLike, *, dataset_ratio: ArrayLike = 0.0
 ) -> GaussNewtonExtremes:
     """Outermost eigenvalues of the full Gauss-Newton matrix, from the λ₁′ of one batch: the inverse map.
 
@@ -119,10 +120,10 @@ def full_gauss_newton_extremes(
 def gauss_newton_noise(
     batch_sizes: Any,
     extremes: Any,
-    largest: Any,
+    largest: ArrayLike,
     *,
-    num_parameters: Any = 1,
-    dataset_ratio: Any = 0.0,
+    num_parameters: ArrayLike = 1,
+    dataset_ratio: ArrayLike = 0.0,
 ) -> jax.Array:
     """σ² of `batch_gauss_newton_extremes`, fitted to the λ₁′ of batches of two to four sizes.
 

@@ -7,12 +7,13 @@ reaches from −2ν/√𝔟 to 2ν/√𝔟, and an outlier is seen only if it st
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
+from adabatch_jax._types import ArrayLike
 from adabatch_jax.curvature._effective_batch_size import (
     float32_arrays,
     inverse_effective_batch_size,
@@ -33,7 +34,11 @@ class HessianExtremes(NamedTuple):
 
 
 def batch_hessian_extremes(
-    largest: Any, smallest: Any, noise: Any, batch_size: Any, dataset_size: Any = None
+    largest: ArrayLike,
+    smallest: ArrayLike,
+    noise: ArrayLike,
+    batch_size: ArrayLike,
+    dataset_size: ArrayLike | None = None,
 ) -> HessianExtremes:
     """Outermost eigenvalues of a batch's Hessian, from those of the full one and the noise.
 
@@ -76,7 +81,11 @@ def batch_hessian_extremes(
 
 
 def full_hessian_extremes(
-    largest: Any, smallest: Any, noise: Any, batch_size: Any, dataset_size: Any = None
+    largest: ArrayLike,
+    smallest: ArrayLike,
+    noise: ArrayLike,
+    batch_size: ArrayLike,
+    dataset_size: ArrayLike | None = None,
 ) -> HessianExtremes:
     """Outermost eigenvalues of the full Hessian, from those of one batch: the inverse map.
 
@@ -115,7 +124,9 @@ def full_hessian_extremes(
     return HessianExtremes(top, -bottom, _overlap(top, level), _overlap(bottom, level))
 
 
-def transition_batch_size(largest: Any, noise: Any, *, momentum: Any = 0.0) -> jax.Array:
+def transition_batch_size(
+    largest: ArrayLike, noise: ArrayLike, *, momentum: ArrayLike = 0.0
+) -> jax.Array:
     """b* = m ν²/λ₁²: below it a batch's largest eigenvalue is mostly noise, above it mostly curvature.
 
     Up to b* a larger batch allows a learning rate larger in proportion; far above it nothing is gained.

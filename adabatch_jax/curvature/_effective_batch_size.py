@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
+from adabatch_jax._types import ArrayLike
 
 
-def inverse_effective_batch_size(batch_size: Any, dataset_size: Any = None) -> jax.Array:
+def inverse_effective_batch_size(
+    batch_size: ArrayLike, dataset_size: ArrayLike | None = None
+) -> jax.Array:
     """1/𝔟, the factor by which the noise of one example shrinks in a batch drawn from a data set.
 
     1/𝔟 = (N − b) / (b N) for a batch drawn without replacement, 1/b without a data set. It is 0 at
@@ -44,7 +47,7 @@ def inverse_effective_batch_size(batch_size: Any, dataset_size: Any = None) -> j
     return jnp.maximum(total - size, 0.0) / total / size
 
 
-def effective_batch_size(batch_size: Any, dataset_size: Any = None) -> jax.Array:
+def effective_batch_size(batch_size: ArrayLike, dataset_size: ArrayLike | None = None) -> jax.Array:
     """𝔟: the batch from an endless data set that is as noisy as this one.
 
     𝔟 = b N / (N − b), infinite at b ≥ N.

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
+from adabatch_jax._axes import axis_tuple, checked_axes, to_varying, varying_axes
 from adabatch_jax._tree import dot, scale, squared_norm, widen
+from adabatch_jax._types import AxisName, LossFn, PyTree
 from adabatch_jax.curvature._products import hessian_vector_product
 from adabatch_jax.curvature._spectrum import Spectrum, lanczos, power_of_two_below, random_unit
 
-PyTree = Any
 PROBES = ("ritz", "random")
 
 
 def hessian_noise(
-    loss_fn: Callable[..., jax.Array],
+    loss_fn: LossFn,
     params: PyTree,
     groups: PyTree,
     key: jax.Array,
@@ -78,7 +77,7 @@ def hessian_noise(
 
 
 def spectrum_and_noise(
-    loss_fn: Callable[..., jax.Array],
+    loss_fn: LossFn,
     params: PyTree,
     groups: PyTree,
     key: jax.Array,
@@ -94,7 +93,7 @@ def spectrum_and_noise(
 
 def _noise_along(
     z: PyTree,
-    loss_fn: Callable[..., jax.Array],
+    loss_fn: LossFn,
     params: PyTree,
     groups: PyTree,
     axes: tuple[str, ...],
@@ -188,9 +187,7 @@ class BatchSharpness(NamedTuple):
     standard_error: jax.Array
 
 
-def batch_sharpness(
-    loss_fn: Callable[..., jax.Array], params: PyTree, groups: PyTree
-) -> BatchSharpness:
+def batch_sharpness(loss_fn: LossFn, params: PyTree, groups: PyTree) -> BatchSharpness:
     """Curvature of mini-batch losses along their own gradients: E_g [g_gᵀ H_g g_g / ‖g_g‖²].
 
     Gradient descent on mini-batches tunes this to 2 / learning rate while it trains, so a measured

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying, varying_axes
+from adabatch_jax._axes import axis_tuple, checked_axes, to_varying, varying_axes
 from adabatch_jax._tree import widen
+from adabatch_jax._types import AxisName, LossFn, PyTree
 
-PyTree = Any
 Linear = Callable[[PyTree], PyTree]
 _STATIC = {"static": True}
 
@@ -26,7 +26,7 @@ _STATIC = {"static": True}
 class _Hessian:
     """Forward over reverse: the derivative of the gradient along the vector."""
 
-    loss_fn: Callable[..., jax.Array]
+    loss_fn: LossFn
 
     def at(self, params: PyTree, batch: tuple[PyTree, ...]) -> Linear:
         return jax.linearize(lambda p: jax.grad(self.loss_fn)(p, *batch), params)[1]
@@ -37,7 +37,7 @@ class _GaussNewton:
     """Forward through the model, the Hessian of the loss in the outputs, and back."""
 
     model_fn: Callable[..., PyTree]
-    loss_fn: Callable[..., jax.Array]
+    loss_fn: LossFn
 
     def at(self, params: PyTree, batch: tuple[PyTree, ...]) -> Linear:
         inputs, *targets = batch
@@ -118,7 +118,7 @@ def _apply(product: CurvatureProduct, vector: PyTree) -> PyTree:
 
 
 def hessian_vector_product(
-    loss_fn: Callable[..., jax.Array],
+    loss_fn: LossFn,
     params: PyTree,
     *batch: PyTree,
     count: Any = None,
@@ -164,7 +164,7 @@ def hessian_vector_product(
 
 def gauss_newton_vector_product(
     model_fn: Callable[..., PyTree],
-    loss_fn: Callable[..., jax.Array],
+    loss_fn: LossFn,
     params: PyTree,
     *batch: PyTree,
     count: Any = None,

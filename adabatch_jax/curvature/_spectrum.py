@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from adabatch_jax import _validate
 from adabatch_jax._tree import scale, squared_norm, widen
+from adabatch_jax._types import PyTree
 from adabatch_jax.curvature._products import CurvatureProduct
 
-PyTree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
 _BREAKDOWN = 1e-6  # of the largest entry so far: what float32 leaves of a zero
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
+from adabatch_jax._types import ArrayLike
 from adabatch_jax.curvature._batch_hessian import noise_with_momentum, noisy_outlier
 from adabatch_jax.curvature._effective_batch_size import (
     float32_arrays,
@@ -17,14 +16,14 @@ from adabatch_jax.curvature._effective_batch_size import (
 
 
 def max_stable_learning_rate(
-    largest: Any,
+    largest: ArrayLike,
     *,
-    momentum: Any = 0.0,
+    momentum: ArrayLike = 0.0,
     nesterov: bool = False,
     adaptive: bool = False,
-    noise: Any = None,
-    batch_size: Any = None,
-    dataset_size: Any = None,
+    noise: ArrayLike | None = None,
+    batch_size: ArrayLike | None = None,
+    dataset_size: ArrayLike | None = None,
     piecewise: bool = False,
 ) -> jax.Array:
     """The learning rate above which an optimizer diverges along the sharpest direction.

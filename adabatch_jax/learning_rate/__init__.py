@@ -19,8 +19,8 @@ time, and leaves nothing to chance. `_posterior_test.py` says what both are aske
 `_quasisep.py` how they answer, `_autowu.py` what is done with the answer.
 
 For other rooms: `probe_direction` tells the traits of a direction (`DirectionTraits`), `batch_sizes`
-reads a batch size from what `update` is told, `share_of_new` is 1 − β for a batch, `ScalingRule` the
-type of a rule, `LEAST_WARMUP_STEPS` the shortest warm-up.
+reads a batch size from what `update` is told, `share_of_new` is 1 − β for a batch,
+`LEAST_WARMUP_STEPS` the shortest warm-up.
 """
 
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
@@ -73,4 +73,3 @@ from adabatch_jax.learning_rate._examples import batch_sizes as batch_sizes
 from adabatch_jax.learning_rate._hyperparameter_rules import share_of_new as share_of_new
 from adabatch_jax.learning_rate._probe_direction import DirectionTraits as DirectionTraits
 from adabatch_jax.learning_rate._probe_direction import probe_direction as probe_direction
-from adabatch_jax.learning_rate._scaling import ScalingRule as ScalingRule

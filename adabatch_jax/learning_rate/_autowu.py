@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple, checked_axes, to_varying
+from adabatch_jax._axes import axis_tuple, checked_axes, to_varying
 from adabatch_jax._clock import zero_clock
 from adabatch_jax._tree import scale
+from adabatch_jax._types import AxisName, PyTree
 from adabatch_jax.learning_rate._autowu_plan import Plan, read_clock
 from adabatch_jax.learning_rate._autowu_state import (
     AutowuPhase,
@@ -38,7 +39,6 @@ from adabatch_jax.learning_rate._rbf import rbf_smoother
 from adabatch_jax.learning_rate._step_length import no_length
 from adabatch_jax.noise import GradientNoise
 
-PyTree = Any
 SMOOTHERS = {"rbf": rbf_smoother, "quasisep": quasisep_smoother}
 
 

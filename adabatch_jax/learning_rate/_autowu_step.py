@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adabatch_jax._clock import advance, as_float
+from adabatch_jax._types import PyTree
 from adabatch_jax.learning_rate._autowu_plan import Plan
 from adabatch_jax.learning_rate._autowu_state import (
     AutowuPhase,
@@ -23,7 +24,6 @@ from adabatch_jax.learning_rate._loss_history import record
 from adabatch_jax.learning_rate._posterior_test import Smoother
 from adabatch_jax.learning_rate._step_length import StepLength, measure
 
-PyTree = Any
 MAX_SETBACKS = 6  # down to 1/64 of the peak: by more than that it cannot have been too high
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adabatch_jax._types import ArrayLike
 from adabatch_jax.noise import GradientNoise
 
 
@@ -26,7 +27,10 @@ def examples_behind(what: str, noise: GradientNoise | None, name: str, number: A
 
 
 def batch_sizes(
-    where: str, base_batch_size: Any, noise: GradientNoise | None, batch_size: Any
+    where: str,
+    base_batch_size: ArrayLike,
+    noise: GradientNoise | None,
+    batch_size: ArrayLike | None,
 ) -> tuple[jax.Array, jax.Array]:
     """What a rule is given: the batch behind the gradient, at least 1, and the base; float32.
 

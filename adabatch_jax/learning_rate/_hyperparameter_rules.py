@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._types import ArrayLike, ScalingRule
 from adabatch_jax.learning_rate._examples import batch_sizes
-from adabatch_jax.learning_rate._scaling import ScalingRule, sqrt_scaling
+from adabatch_jax.learning_rate._scaling import sqrt_scaling
 from adabatch_jax.noise import GradientNoise
 
 _BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 there
 
 
-def follow_batch_size(rule: ScalingRule, *, base_batch_size: Any) -> _FollowBatchSize:
+def follow_batch_size(rule: ScalingRule, *, base_batch_size: ArrayLike) -> _FollowBatchSize:
     """A hyperparameter for `optax.inject_hyperparams` that follows the batch size.
 
     Its value in a step is `rule(b, base_batch_size)`, b being the batch behind the gradient of that
@@ -57,7 +58,7 @@ def follow_batch_size(rule: ScalingRule, *, base_batch_size: Any) -> _FollowBatc
 class _FollowBatchSize:
     """An Optax `StatefulSchedule` that remembers nothing."""
 
-    def __init__(self, rule: ScalingRule, base_batch_size: Any) -> None:
+    def __init__(self, rule: ScalingRule, base_batch_size: ArrayLike) -> None:
         self.rule = rule
         self.base_batch_size = base_batch_size
 
@@ -69,8 +70,8 @@ class _FollowBatchSize:
         state: optax.EmptyState,
         *,
         noise: GradientNoise | None = None,
-        batch_size: Any = None,
-        base_batch_size: Any = None,
+        batch_size: ArrayLike | None = None,
+        base_batch_size: ArrayLike | None = None,
         **extra_args: Any,
     ) -> jax.Array:
         del extra_args
@@ -90,7 +91,7 @@ class _FollowBatchSize:
         state: optax.EmptyState,
         *,
         noise: GradientNoise | None = None,
-        batch_size: Any = None,
+        batch_size: ArrayLike | None = None,
         **extra_args: Any,
     ) -> optax.EmptyState:
         """Checks the arguments: Optax calls this in every step, and at init never."""
@@ -99,7 +100,7 @@ class _FollowBatchSize:
         return state
 
 
-def scaled_beta(beta: Any) -> ScalingRule:
+def scaled_beta(beta: ArrayLike) -> ScalingRule:
     """Decay of a moment of the gradient that remembers the same number of examples: β for batch b.
 
     1 − κ (1 − β), κ = b / b₀. The rule needs κ < 1 / (1 − β): beyond, the decay stays at 0 and the
@@ -128,7 +129,7 @@ def scaled_beta(beta: Any) -> ScalingRule:
     return lambda size, base: jnp.minimum(1.0 - share_of_new(beta, size, base), _BELOW_ONE)
 
 
-def scaled_eps(eps: Any, scaling: ScalingRule | None = None) -> ScalingRule:
+def scaled_eps(eps: ArrayLike, scaling: ScalingRule | None = None) -> ScalingRule:
     """Damping proportional to learning rate / batch size: ε for batch b.
 
     ε r(b) b₀ / b, where r is the rule by which the learning rate follows the batch. With the square
@@ -156,13 +157,13 @@ def scaled_eps(eps: Any, scaling: ScalingRule | None = None) -> ScalingRule:
     rate = sqrt_scaling() if scaling is None else scaling
     _validate.function(where, scaling=rate)
 
-    def rule(batch_size: Any, base: Any) -> jax.Array:
+    def rule(batch_size: ArrayLike, base: ArrayLike) -> jax.Array:
         return _float32(eps) * _scale(rate, batch_size, base) / _ratio(batch_size, base)
 
     return rule
 
 
-def scaled_weight_decay(weight_decay: Any, scaling: ScalingRule | None = None) -> ScalingRule:
+def scaled_weight_decay(weight_decay: ArrayLike, scaling: ScalingRule | None = None) -> ScalingRule:
     """Weight decay that takes the same share of a weight per example: λ for batch b.
 
     A step takes away the share α r λ, with r the factor of `scale_by_batch_size` where that comes
@@ -204,14 +205,14 @@ def scaled_weight_decay(weight_decay: Any, scaling: ScalingRule | None = None) -
     if scaling is not None:
         _validate.function(where, scaling=scaling)
 
-    def rule(batch_size: Any, base: Any) -> jax.Array:
+    def rule(batch_size: ArrayLike, base: ArrayLike) -> jax.Array:
         decay = _float32(weight_decay) * _ratio(batch_size, base)
         return decay if scaling is None else decay / _scale(scaling, batch_size, base)
 
     return rule
 
 
-def scaled_average(decay: Any) -> ScalingRule:
+def scaled_average(decay: ArrayLike) -> ScalingRule:
     """Decay of an average of the parameters that forgets at the same pace per example.
 
     ρ^(b / b₀), for `average ← ρ average + (1 − ρ) params` after a step on b examples: b₀ examples
@@ -247,7 +248,7 @@ def scaled_average(decay: Any) -> ScalingRule:
     return lambda size, base: jnp.power(_float32(decay), _ratio(size, base))
 
 
-def share_of_new(beta: Any, batch_size: Any, base: Any) -> jax.Array:
+def share_of_new(beta: ArrayLike, batch_size: ArrayLike, base: ArrayLike) -> jax.Array:
     """1 − β for a batch: min(κ (1 − β), 1), without the digits that 1 − (1 − x) would lose."""
     return jnp.minimum(_ratio(batch_size, base) * _float32(1.0 - beta), 1.0)
 
@@ -256,9 +257,9 @@ def _float32(x: Any) -> jax.Array:
     return jnp.asarray(x).astype(jnp.float32)
 
 
-def _ratio(batch_size: Any, base: Any) -> jax.Array:
+def _ratio(batch_size: ArrayLike, base: ArrayLike) -> jax.Array:
     return _float32(batch_size) / _float32(base)
 
 
-def _scale(scaling: ScalingRule, batch_size: Any, base: Any) -> jax.Array:
+def _scale(scaling: ScalingRule, batch_size: ArrayLike, base: ArrayLike) -> jax.Array:
     return _float32(scaling(_float32(batch_size), _float32(base)))

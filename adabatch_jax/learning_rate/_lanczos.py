@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName
 from adabatch_jax._tree import widen
+from adabatch_jax._types import AxisName, PyTree
 from adabatch_jax.curvature import (
     Spectrum,
     full_hessian_extremes,
@@ -24,7 +24,6 @@ from adabatch_jax.learning_rate._examples import batch_sizes
 from adabatch_jax.learning_rate._refresh import Refresh
 from adabatch_jax.noise import GradientNoise
 
-PyTree = Any
 VARIANTS = ("gradient_descent", "heavy_ball", "nesterov", "nesterov_authors")
 _ROUNDING = 1e-3  # of L: a negative Ritz value beyond it is negative curvature
 _SMALL = 0.1  # of L: below, a Ritz value with most of the weight stands for the mass at zero

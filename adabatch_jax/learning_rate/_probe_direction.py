@@ -11,16 +11,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from adabatch_jax._types import PyTree, ScalingRule
 from adabatch_jax.learning_rate._scaling import linear_scaling, sqrt_scaling
 
-PyTree = Any
 PEAK_PLACE, PEAK_FACTOR = "confirmed", 4.0  # of AutoWU, or by the kind of the direction:
 _PEAK_FACTOR_ACCUMULATED = 8.0  # steps that shrink while squares are gathered: AdaGrad
 _PEAK_FACTOR_RELATIVE = 1.0  # steps that are a part of the parameters: LAMB
@@ -38,7 +37,7 @@ _FLAT, _STRAIGHT = 1e-4, 1e-3
 class DirectionTraits(NamedTuple):
     """How a rate follows the batch, and how AutoWU finds its peak; the bound is `automatic`'s alone."""
 
-    scaling: Callable[..., Any]
+    scaling: ScalingRule
     peak_factor: float = PEAK_FACTOR
     peak_at: str = PEAK_PLACE
     max_relative_step: float | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple
+from adabatch_jax._axes import axis_tuple
 from adabatch_jax._tree import scale
+from adabatch_jax._types import AxisName, LossFn, PyTree
 from adabatch_jax.curvature import (
     full_hessian_extremes,
     group_shape,
@@ -26,8 +26,6 @@ from adabatch_jax.learning_rate._scaling import (
     sqrt_scaling,
 )
 from adabatch_jax.noise import GradientNoise
-
-PyTree = Any
 
 
 class ScaleByRandomMatrixState(NamedTuple):
@@ -147,7 +145,7 @@ def scale_by_random_matrix(
     def refreshed(
         state: ScaleByRandomMatrixState,
         params: PyTree,
-        loss_fn: Callable[..., jax.Array],
+        loss_fn: LossFn,
         groups: PyTree,
     ) -> ScaleByRandomMatrixState:
         key, draw = jax.random.split(jax.random.wrap_key_data(state.transition_key))
@@ -174,7 +172,7 @@ def scale_by_random_matrix(
         state: ScaleByRandomMatrixState,
         params: PyTree | None = None,
         *,
-        loss_fn: Callable[..., jax.Array] | None = None,
+        loss_fn: LossFn | None = None,
         groups: PyTree | None = None,
         noise: GradientNoise | None = None,
         batch_size: Any = None,

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax._protocols import inner_fields, reports_metrics
+from adabatch_jax._types import PyTree
 from adabatch_jax.learning_rate._autowu_state import WarmupEnd, find_schedule
 from adabatch_jax.learning_rate._divergence import LossLevel
 
-PyTree = Any
 _WHERE = "return_to_minimum"
 _PRESENT = 0.98  # from here on in [0, 1] a minimum counts as lying at present
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +10,10 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._tree import scale
+from adabatch_jax._types import ArrayLike, PyTree, ScalingRule
 from adabatch_jax.curvature import inverse_effective_batch_size
 from adabatch_jax.learning_rate._examples import batch_sizes
 from adabatch_jax.noise import GradientNoise
-
-PyTree = Any
-ScalingRule = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def linear_scaling() -> ScalingRule:
@@ -52,7 +49,7 @@ def sqrt_scaling() -> ScalingRule:
 
 
 def random_matrix_scaling(
-    transition_batch_size: Any, *, adaptive: bool, dataset_size: Any = None
+    transition_batch_size: ArrayLike, *, adaptive: bool, dataset_size: ArrayLike | None = None
 ) -> ScalingRule:
     """Scaling by the largest stable rate: linear below the transition batch size b*, flat above it.
 
@@ -116,7 +113,7 @@ class ScaleByBatchSizeState(NamedTuple):
 
 
 def scale_by_batch_size(
-    rule: ScalingRule, *, base_batch_size: Any
+    rule: ScalingRule, *, base_batch_size: ArrayLike
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by `rule(b, base_batch_size)`, b being the batch behind the present gradient.
 
@@ -162,8 +159,8 @@ def scale_by_batch_size(
         params: PyTree | None = None,
         *,
         noise: GradientNoise | None = None,
-        batch_size: Any = None,
-        base_batch_size: Any = None,
+        batch_size: ArrayLike | None = None,
+        base_batch_size: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByBatchSizeState]:
         del state, params, extra_args

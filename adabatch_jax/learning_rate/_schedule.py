@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +11,9 @@ import optax
 from adabatch_jax import _validate
 from adabatch_jax._clock import advance, as_float, zero_clock
 from adabatch_jax._tree import scale
+from adabatch_jax._types import PyTree, Schedule
 from adabatch_jax.learning_rate._examples import examples_behind
 from adabatch_jax.noise import GradientNoise
-
-PyTree = Any
 
 
 class ScaleByExampleScheduleState(NamedTuple):
@@ -36,7 +34,7 @@ class ScaleByExampleScheduleState(NamedTuple):
 
 
 def scale_by_example_schedule(
-    schedule: float | Callable[[jax.Array], Any], *, flip_sign: bool = True
+    schedule: float | Schedule, *, flip_sign: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by −schedule(examples processed before this step).
 

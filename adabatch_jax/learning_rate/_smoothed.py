@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import numpy.typing as npt
 
 from adabatch_jax._clock import as_int
+from adabatch_jax._types import PyTree
 from adabatch_jax.learning_rate._autowu_state import ScaleByAutowuState, WarmupEnd, find_schedule
 from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._rbf import RbfFit, rbf_smoother
 
-PyTree = Any
 Floats = npt.NDArray[np.float64]
 _MOST_EXACT = 500  # losses that the dense smoother is conditioned on, as in one of its draws
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax._tree import squared_norm
+from adabatch_jax._types import PyTree
 
-PyTree = Any
 _STEPS = 24  # that are looked at: a momentum of 0.9 is nearly full then
 
 

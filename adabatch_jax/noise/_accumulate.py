@@ -19,9 +19,8 @@ from adabatch_jax._axes import (
     to_varying,
 )
 from adabatch_jax._tree import align, widen
+from adabatch_jax._types import PyTree
 from adabatch_jax.noise._gradient_noise import GradientNoise, blend, join_noise, pool_noise
-
-PyTree = Any
 
 
 class Tally(NamedTuple):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adabatch_jax._axes import explicit_spec
+from adabatch_jax._types import PyTree
 
-PyTree = Any
 _NNX = (
     "of an nnx model take the parameters alone, `graphdef, params, rest = nnx.split(model, nnx.Param, "
     "...)`, and put it together in the loss, `nnx.merge(graphdef, params, rest, copy=True)`"

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax._tree import wide
+from adabatch_jax._types import PyTree
 from adabatch_jax.noise._arguments import as_bools, to_arrays
 
-PyTree = Any
 Parts = tuple[list[jax.Array], list[jax.Array], list[jax.Array]]
 
 

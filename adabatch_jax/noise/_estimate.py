@@ -6,16 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple
+from adabatch_jax._axes import axis_tuple
+from adabatch_jax._types import AxisName, LossFn, PyTree
 from adabatch_jax.noise._arguments import check_bools
 from adabatch_jax.noise._gradient_noise import GradientNoise
 from adabatch_jax.noise._passes import Options, value_and_noise
 
-PyTree = Any
-
 
 def value_and_grad_noise(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     *,
     has_aux: bool = False,
     sum_aux: PyTree = False,
@@ -153,7 +152,7 @@ def value_and_grad_noise(
 
 
 def estimator(
-    loss_fn: Callable[..., Any], *, axis_name: AxisName = None, **options: Any
+    loss_fn: LossFn, *, axis_name: AxisName = None, **options: Any
 ) -> Callable[..., tuple[Any, GradientNoise]]:
     """`value_and_grad_noise`, its arguments checked: the other fields of `Options`."""
     given = Options(loss_fn=loss_fn, axes=axis_tuple(axis_name), **options)

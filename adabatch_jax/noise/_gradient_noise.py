@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from adabatch_jax._axes import to_varying, varying_axes
 from adabatch_jax._tree import abs_squared, align, cast_like, squared_norm, widen
+from adabatch_jax._types import PyTree
 
-PyTree = Any
 UNMEASURED = -1.0  # in place of a scatter: no NaN, which jax_debug_nans would take for an accident
 
 

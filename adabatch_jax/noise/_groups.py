@@ -11,8 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adabatch_jax import _validate
 from adabatch_jax._axes import explicit_spec
-
-PyTree = Any
+from adabatch_jax._types import PyTree
 
 
 def split_groups(batch: PyTree, num_groups: int) -> PyTree:

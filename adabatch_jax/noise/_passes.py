@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from adabatch_jax._axes import to_varying, varying_axes
 from adabatch_jax._tree import cast_like
+from adabatch_jax._types import LossFn, PyTree
 from adabatch_jax.noise._accumulate import (
     Tally,
     accumulate,
@@ -34,7 +35,6 @@ from adabatch_jax.noise._aux import join_aux, split_aux
 from adabatch_jax.noise._gradient_noise import GradientNoise, unless_measured
 from adabatch_jax.noise._groups import group_sizes, leading_shape
 
-PyTree = Any
 WHERE = "value_and_grad_noise"
 # Of the parameters and a group: the loss, and the parts of aux as `split_aux` gives them.
 LossParts = Callable[[PyTree, PyTree], Any]
@@ -50,7 +50,7 @@ class Options:
     one; all of them with None.
     """
 
-    loss_fn: Callable[..., Any]
+    loss_fn: LossFn
     has_aux: bool = False
     sum_aux: PyTree = False
     trained: PyTree = None

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
-from adabatch_jax._axes import AxisName, axis_tuple, reshard_like, to_varying, varying_axes
+from adabatch_jax._axes import axis_tuple, reshard_like, to_varying, varying_axes
 from adabatch_jax._tree import abs_squared, cast_like, squared_norm, widen
+from adabatch_jax._types import AxisName, LossFn, PyTree
 from adabatch_jax.noise._accumulate import Tally, accumulate, first, pool_devices, prepare
 from adabatch_jax.noise._arguments import (
     check_bools,
@@ -23,11 +24,9 @@ from adabatch_jax.noise._arguments import (
 from adabatch_jax.noise._aux import join_aux, split_aux
 from adabatch_jax.noise._gradient_noise import GradientNoise
 
-PyTree = Any
-
 
 def value_and_grad_signs(
-    losses_fn: Callable[..., Any],
+    losses_fn: LossFn,
     *,
     num_signs: int = 1,
     has_aux: bool = False,

@@ -5,27 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._tree import cast_like, widen
+from adabatch_jax._types import ArrayLike, PyTree, ScalingRule, Schedule
 from adabatch_jax.batch_size import Criterion, adapt_batch_size
 from adabatch_jax.learning_rate import scale_by_batch_size, scale_by_example_schedule
 from adabatch_jax.optimizers._adagrad_norm import scale_by_adagrad_norm
 
-PyTree = Any
-
 
 def adadagrad(
-    learning_rate: float | Callable[[jax.Array], Any],
+    learning_rate: float | Schedule,
     *,
     criterion: Criterion | Callable[..., Any],
     initial_batch_size: int,
     max_batch_size: int,
-    scaling: Callable[..., Any] | None = None,
-    initial_accumulator_value: Any = 0.0,
-    eps: Any = 1e-20,
+    scaling: ScalingRule | None = None,
+    initial_accumulator_value: ArrayLike = 0.0,
+    eps: ArrayLike = 1e-20,
     **batch_size_options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """AdAdaGrad: AdaGrad, with a batch size that grows as a test on the gradient's noise demands.
@@ -92,14 +90,14 @@ def adadagrad(
 
 
 def adadagrad_norm(
-    learning_rate: float | Callable[[jax.Array], Any],
+    learning_rate: float | Schedule,
     *,
     criterion: Criterion | Callable[..., Any],
     initial_batch_size: int,
     max_batch_size: int,
-    scaling: Callable[..., Any] | None = None,
-    initial_accumulator_value: Any = 0.01,
-    eps: Any = 1e-10,
+    scaling: ScalingRule | None = None,
+    initial_accumulator_value: ArrayLike = 0.01,
+    eps: ArrayLike = 1e-10,
     **batch_size_options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """AdAdaGrad-Norm: as `adadagrad`, with one scalar accumulator for all parameters.
@@ -147,7 +145,9 @@ def adadagrad_norm(
     )
 
 
-def adagrad_direction(initial_accumulator_value: Any, eps: Any) -> optax.GradientTransformation:
+def adagrad_direction(
+    initial_accumulator_value: ArrayLike, eps: ArrayLike
+) -> optax.GradientTransformation:
     """`optax.scale_by_rss` with sums that are at least float32; updates in the dtype of the gradient.
 
     In bfloat16 a sum of ones stays at 256, and in float16 the square of 1e-4 is 0.

@@ -10,8 +10,7 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._tree import scale, squared_norm
-
-PyTree = Any
+from adabatch_jax._types import ArrayLike, PyTree
 
 
 class ScaleByAdagradNormState(NamedTuple):
@@ -21,7 +20,7 @@ class ScaleByAdagradNormState(NamedTuple):
 
 
 def scale_by_adagrad_norm(
-    initial_accumulator_value: Any = 0.01, eps: Any = 1e-10
+    initial_accumulator_value: ArrayLike = 0.01, eps: ArrayLike = 1e-10
 ) -> optax.GradientTransformation:
     """AdaGrad with one scalar accumulator for all parameters together.
 
@@ -49,7 +48,7 @@ def scale_by_adagrad_norm(
 
     Source: Ward, Wu, Bottou (2019), arXiv 1806.01811, algorithm 1 (AdaGrad-Norm).
     """
-    arguments = {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
+    arguments: dict[str, Any] = {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
     _validate.between("scale_by_adagrad_norm", 0.0, float("inf"), **arguments)
     if _validate.is_static(*arguments.values()) and not any(arguments.values()):
         raise ValueError(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._types import ArrayLike, PyTree
 
-PyTree = Any
 _TINY = 1e-16  # under the square roots of norms: float32 has room for it
 
 
@@ -24,13 +24,13 @@ class ScaleByAdampState(NamedTuple):
 
 
 def scale_by_adamp(
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     *,
-    weight_decay: Any = 0.0,
-    delta: Any = 0.1,
-    wd_ratio: Any = 0.1,
+    weight_decay: ArrayLike = 0.0,
+    delta: ArrayLike = 0.1,
+    wd_ratio: ArrayLike = 0.1,
     nesterov: bool = False,
     channel_axis: int = -1,
 ) -> optax.GradientTransformation:
@@ -133,13 +133,13 @@ def scale_by_adamp(
 
 def adamp(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     *,
-    weight_decay: Any = 0.0,
-    delta: Any = 0.1,
-    wd_ratio: Any = 0.1,
+    weight_decay: ArrayLike = 0.0,
+    delta: ArrayLike = 0.1,
+    wd_ratio: ArrayLike = 0.1,
     nesterov: bool = False,
     channel_axis: int = -1,
 ) -> optax.GradientTransformation:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._types import PyTree, ScalingRule
 from adabatch_jax.batch_size import Criterion, adapt_batch_size, norm_test
 from adabatch_jax.learning_rate import (
     DirectionTraits,
@@ -22,7 +23,6 @@ from adabatch_jax.learning_rate import (
 )
 from adabatch_jax.noise import GradientNoise
 
-PyTree = Any
 ETA = 1.5  # of the norm test
 BATCH_SIZE_OPTIONS = dict(smoothing=0.9, debias=True, growth_limit=1.1)
 WARMUP = 0.1  # of the run, at most
@@ -51,7 +51,7 @@ def automatic(
     initial_batch_size: int,
     max_batch_size: int,
     criterion: Criterion | Callable[..., Any] | None = None,
-    scaling: Callable[..., Any] | None = None,
+    scaling: ScalingRule | None = None,
     autowu_options: Mapping[str, Any] | None = None,
     **batch_size_options: Any,
 ) -> optax.GradientTransformationExtraArgs:

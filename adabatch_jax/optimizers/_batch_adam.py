@@ -9,16 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._types import ArrayLike, PyTree, ScalingRule
 from adabatch_jax.learning_rate import (
-    ScalingRule,
     batch_sizes,
     scaled_beta,
     scaled_eps,
     share_of_new,
 )
 from adabatch_jax.noise import GradientNoise
-
-PyTree = Any
 
 
 class ScaleByBatchAdamState(NamedTuple):
@@ -42,11 +40,11 @@ class ScaleByBatchAdamState(NamedTuple):
 
 
 def scale_by_batch_adam(
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
     *,
-    base_batch_size: Any,
+    base_batch_size: ArrayLike,
     scale_betas: bool = True,
     eps_scaling: ScalingRule | None = None,
     nesterov: bool = False,
@@ -135,8 +133,8 @@ def scale_by_batch_adam(
         params: PyTree | None = None,
         *,
         noise: GradientNoise | None = None,
-        batch_size: Any = None,
-        base_batch_size: Any = None,
+        batch_size: ArrayLike | None = None,
+        base_batch_size: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByBatchAdamState]:
         del params, extra_args

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 
 from adabatch_jax._axes import to_varying
 from adabatch_jax._tree import align, squared_norm, widen
+from adabatch_jax._types import PyTree
 from adabatch_jax.noise._accumulate import Tally
 from adabatch_jax.noise._aux import Parts
 from adabatch_jax.noise._gradient_noise import GradientNoise
 from adabatch_jax.noise._structured._plan import make_plan
 from adabatch_jax.noise._structured._statistics import along, backward, squares, sums
 
-PyTree = Any
 PARTS = tuple[jax.Array, Parts]
 
 

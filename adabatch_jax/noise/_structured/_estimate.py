@@ -9,17 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
+from adabatch_jax._types import LossFn, PyTree
 from adabatch_jax.noise._arguments import take_apart, to_arrays
 from adabatch_jax.noise._estimate import estimator
 from adabatch_jax.noise._gradient_noise import GradientNoise
 from adabatch_jax.noise._groups import is_key
 from adabatch_jax.noise._structured._batch import batch_tally
 
-PyTree = Any
-
 
 def value_and_grad_structured(
-    loss_fn: Callable[..., Any],
+    loss_fn: LossFn,
     *,
     vectorize: int | None = None,
     **options: Any,

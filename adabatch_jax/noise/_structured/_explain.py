@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from adabatch_jax._types import LossFn, PyTree
 from adabatch_jax.noise._structured._estimate import check_single_examples
 from adabatch_jax.noise._structured._plan import make_plan
 
-PyTree = Any
-
 
 def explain_noise(
-    loss_fn: Callable[..., Any], params: PyTree, group: PyTree, *args: Any, has_aux: bool = False
+    loss_fn: LossFn, params: PyTree, group: PyTree, *args: Any, has_aux: bool = False
 ) -> None:
     """Prints how `value_and_grad_structured` treats each parameter, and why.
 

@@ -11,7 +11,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from adabatch_jax.noise._structured._rules import formula_of, rearranges
 
-PyTree = Any
 CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
 
 

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 
 from adabatch_jax._axes import to_varying
 from adabatch_jax._tree import squared_norm, widen
+from adabatch_jax._types import PyTree
 from adabatch_jax.noise._structured._plan import Plan, Use, bind, evaluate, is_program, value_of
 from adabatch_jax.noise._structured._rules import formula_of, gradient_of
-
-PyTree = Any
 
 
 class Signals(NamedTuple):
