@@ -18,8 +18,8 @@ ROOMS = ("noise", "batch_size", "curvature", "learning_rate", "optimizers", "tra
 HEAD = """# Public names
 
 Written by `python tests/api_index.py` from the docstrings; `help(name)` shows all of one: formula,
-arguments, example, source. `import adabatch_jax as adabatch` has the names of the first five rooms,
-`adabatch_jax.training` those of the last.
+arguments, example, source. Names marked * are those that a user needs first: `import adabatch_jax as
+adabatch` has them. The others are found in their room, as `adabatch.curvature.top_eigenvector`.
 """
 
 
@@ -35,8 +35,9 @@ def first_line(room: str, name: str) -> str:
 def shown(room: str, name: str) -> str:
     """`name(arguments)` without defaults; a type alone as its name."""
     thing = getattr(importlib.import_module(f"adabatch_jax.{room}"), name)
+    first = " *" if name in adabatch_jax.__all__ else ""
     if inspect.isclass(thing):
-        return f"`{name}`"
+        return f"`{name}`{first}"
     parts, starred = [], False
     for parameter in inspect.signature(thing).parameters.values():
         prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(
@@ -47,7 +48,7 @@ def shown(room: str, name: str) -> str:
             break
         starred |= prefix == "*"
         parts.append(prefix + parameter.name)
-    return f"`{name}({', '.join(parts)})`"
+    return f"`{name}({', '.join(parts)})`{first}"
 
 
 def index() -> str:
@@ -55,12 +56,10 @@ def index() -> str:
     lines, missing = [HEAD], set(adabatch_jax.__all__)
     for room in ROOMS:
         module = importlib.import_module(f"adabatch_jax.{room}")
-        offered = set(adabatch_jax.training.__all__ if room == "training" else adabatch_jax.__all__)
-        names = [name for name in module.__all__ if name in offered]
-        missing -= set(names)
+        missing -= set(module.__all__)
         guide = inspect.cleandoc(typing.cast(str, module.__doc__)).splitlines()[0]
         lines += [f"## `{room}`", "", guide, "", "| name | gives |", "|---|---|"]
-        for name in names:
+        for name in module.__all__:
             summary = first_line(room, name).replace("|", "\\|")
             lines.append(f"| {shown(room, name)} | {summary} |")
         lines.append("")

@@ -80,7 +80,8 @@ __all__ = [
 ]
 
 # For other rooms: no part of the public interface.
-from adabatch_jax.curvature._hessian_noise import group_shape as group_shape
-from adabatch_jax.curvature._hessian_noise import spectrum_and_noise as spectrum_and_noise
-from adabatch_jax.curvature._spectrum import lanczos as lanczos
-from adabatch_jax.curvature._spectrum import random_unit as random_unit
+from adabatch_jax.curvature._hessian_noise import (
+    group_shape as group_shape,
+    spectrum_and_noise as spectrum_and_noise,
+)
+from adabatch_jax.curvature._spectrum import lanczos as lanczos, random_unit as random_unit

@@ -71,5 +71,7 @@ __all__ = [
 from adabatch_jax.learning_rate._autowu_plan import LEAST_WARMUP_STEPS as LEAST_WARMUP_STEPS
 from adabatch_jax.learning_rate._examples import batch_sizes as batch_sizes
 from adabatch_jax.learning_rate._hyperparameter_rules import share_of_new as share_of_new
-from adabatch_jax.learning_rate._probe_direction import DirectionTraits as DirectionTraits
-from adabatch_jax.learning_rate._probe_direction import probe_direction as probe_direction
+from adabatch_jax.learning_rate._probe_direction import (
+    DirectionTraits as DirectionTraits,
+    probe_direction as probe_direction,
+)

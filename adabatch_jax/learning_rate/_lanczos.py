@@ -109,9 +109,9 @@ def scale_by_lanczos(
       max_momentum: in [0, 1).
       safety: share of the largest stable learning rate, in (0, 1].
       smoothing: weight of the past at a refresh, in [0, 1).
-      hessian_noise: ν² of one example, as `adabatch.hessian_noise` measures it. Then the bound is that of
-        a batch of the size behind the present gradient: L is brought from the curvature batch to all
-        data, and the noise counts as in `max_stable_learning_rate`. None: L as it is measured.
+      hessian_noise: ν² of one example, as `adabatch.curvature.hessian_noise` measures it. Then the bound is
+        that of a batch of the size behind the present gradient: L is brought from the curvature batch
+        to all data, and the noise counts as in `max_stable_learning_rate`. None: L as it is measured.
       curvature_batch_size: examples behind `value_fn`, with `hessian_noise`.
       axis_name: device axes over which `value_fn` is averaged.
       seed: of the start vectors; static.

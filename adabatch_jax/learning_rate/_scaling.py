@@ -60,8 +60,8 @@ def random_matrix_scaling(
     the whole data set 𝔟 grows beyond all bounds, and r with it, up to 1 + b*/𝔟₀.
 
     Args:
-      transition_batch_size: b* ≥ 0, from `adabatch.transition_batch_size`, which takes the momentum of
-        the optimizer; may be traced.
+      transition_batch_size: b* ≥ 0, from `adabatch.curvature.transition_batch_size`, which takes the
+        momentum of the optimizer; may be traced.
         As an array it may be anything: infinite is r = b/b₀, whatever the data set; NaN, b* not being
         known, is the cautious r = min(1, b/b₀); negative counts as 0.
       adaptive: √r, for Adam and the like, instead of r; static.

@@ -91,9 +91,11 @@ __all__ = [
 ]
 
 # For other rooms: no part of the public interface.
-from adabatch_jax.noise._gradient_noise import UNMEASURED as UNMEASURED
-from adabatch_jax.noise._gradient_noise import blend as blend
-from adabatch_jax.noise._gradient_noise import join_noise as join_noise
-from adabatch_jax.noise._gradient_noise import pool_noise as pool_noise
-from adabatch_jax.noise._gradient_noise import squared_gaps as squared_gaps
-from adabatch_jax.noise._gradient_noise import unless_measured as unless_measured
+from adabatch_jax.noise._gradient_noise import (
+    UNMEASURED as UNMEASURED,
+    blend as blend,
+    join_noise as join_noise,
+    pool_noise as pool_noise,
+    squared_gaps as squared_gaps,
+    unless_measured as unless_measured,
+)

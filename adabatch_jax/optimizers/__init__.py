@@ -30,7 +30,9 @@ __all__ = [
 
 # For other rooms: no part of the public interface.
 from adabatch_jax.optimizers._adadagrad import adagrad_direction as adagrad_direction
-from adabatch_jax.optimizers._automatic import BATCH_SIZE_OPTIONS as BATCH_SIZE_OPTIONS
-from adabatch_jax.optimizers._automatic import ETA as ETA
-from adabatch_jax.optimizers._automatic import LEAST_STEPS as LEAST_STEPS
-from adabatch_jax.optimizers._automatic import WARMUP as WARMUP
+from adabatch_jax.optimizers._automatic import (
+    BATCH_SIZE_OPTIONS as BATCH_SIZE_OPTIONS,
+    ETA as ETA,
+    LEAST_STEPS as LEAST_STEPS,
+    WARMUP as WARMUP,
+)

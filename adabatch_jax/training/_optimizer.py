@@ -14,7 +14,7 @@ from adabatch_jax.training._plan import RunPlan
 from adabatch_jax.training._registry import CurvatureOptimizer, Direction
 
 
-def build_criterion(plan: RunPlan) -> adabatch.Criterion | None:
+def build_criterion(plan: RunPlan) -> adabatch.batch_size.Criterion | None:
     """The criterion of a run; None for a constant batch."""
     return None if plan.criterion is None else plan.criterion.make(**plan.thresholds)
 

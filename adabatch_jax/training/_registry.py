@@ -63,7 +63,7 @@ class BatchSizeTest:
       debiased: it takes the noise out of the squared gradient norm by definition.
     """
 
-    make: Callable[..., adabatch.Criterion]
+    make: Callable[..., adabatch.batch_size.Criterion]
     thresholds: Mapping[str, float] = field(default_factory=dict)
     coordinate_wise: bool = False
     inner_products: bool = False
@@ -139,7 +139,7 @@ OPTIMIZERS: dict[str, Direction | CurvatureOptimizer] = {
         momentum=0.9,
     ),
     "adam": Direction(optax.scale_by_adam, learning_rate=0.004, momentum=0.9),
-    "adamp": Direction(adabatch.scale_by_adamp, learning_rate=0.004, momentum=0.9),
+    "adamp": Direction(adabatch.optimizers.scale_by_adamp, learning_rate=0.004, momentum=0.9),
     "sgd": Direction(optax.identity, learning_rate=0.2, adaptive=False),
     "momentum": Direction(
         lambda: optax.trace(decay=0.9), learning_rate=0.02, momentum=0.9, adaptive=False
@@ -232,7 +232,7 @@ def register_optimizer(
 
 def register_criterion(
     name: str,
-    criterion: Callable[..., adabatch.Criterion],
+    criterion: Callable[..., adabatch.batch_size.Criterion],
     *,
     thresholds: Mapping[str, float] | None = None,
     coordinate_wise: bool = False,

@@ -224,7 +224,7 @@ def _leave_results(
     title = f"{options.dataset} · {options.model} · {options.optimizer} · {reached}"
     smoothed, warmup = None, None
     if plan.searches_rate:
-        seen = adabatch.smoothed_losses(done.opt_state)
+        seen = adabatch.learning_rate.smoothed_losses(done.opt_state)
         warmup = describe_warmup(adabatch.metrics(done.opt_state), seen)
         smoothed = seen if was_searched(warmup) else None
         summary["warmup"] = warmup

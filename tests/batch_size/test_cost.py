@@ -123,7 +123,7 @@ def test_a_group_costs_the_flops_of_its_gradient_and_a_few_for_each_weight():
 def test_random_signs_cost_one_pass_backwards_more():
     x = jnp.ones((GROUPS * SIZE, WIDTH))
     plain = flops(jax.value_and_grad(loss_fn), params(), x)
-    fn = adabatch.value_and_grad_signs(losses_fn, num_signs=1)
+    fn = adabatch.noise.value_and_grad_signs(losses_fn, num_signs=1)
     signs = flops(fn, params(), x[None], jax.random.key(0))
     assert 1.5 * plain <= signs <= 1.75 * plain
 

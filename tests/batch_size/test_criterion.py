@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adabatch_jax import Criterion, Evidence, GradientNoise, gradient_noise_scale, norm_test
+from adabatch_jax import GradientNoise, gradient_noise_scale, norm_test
+from adabatch_jax.batch_size import Criterion, Evidence
 from adabatch_jax.batch_size._criterion import corrected
 
 

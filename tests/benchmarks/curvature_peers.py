@@ -97,11 +97,13 @@ def trained(loss: Callable, params: PyTree, x: jax.Array, y: jax.Array) -> PyTre
 
 def ours(loss: Callable, steps: int) -> Callable[..., jax.Array]:
     def run(params: PyTree, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
-        product = adabatch.hessian_vector_product(loss, params, x, y)
+        product = adabatch.curvature.hessian_vector_product(loss, params, x, y)
         flat, unravel = ravel_pytree(params)
         # The start that matfree gets, so that both need the same number of steps.
         start = unravel(jax.random.normal(key, flat.shape))
-        spectrum = adabatch.lanczos_spectrum(product, params, key, num_steps=steps, start=start)
+        spectrum = adabatch.curvature.lanczos_spectrum(
+            product, params, key, num_steps=steps, start=start
+        )
         return spectrum.largest
 
     return run
@@ -109,9 +111,11 @@ def ours(loss: Callable, steps: int) -> Callable[..., jax.Array]:
 
 def ours_from_gradient(loss: Callable, steps: int) -> Callable[..., jax.Array]:
     def run(params: PyTree, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
-        product = adabatch.hessian_vector_product(loss, params, x, y)
+        product = adabatch.curvature.hessian_vector_product(loss, params, x, y)
         start = jax.grad(loss)(params, x, y)
-        spectrum = adabatch.lanczos_spectrum(product, params, key, num_steps=steps, start=start)
+        spectrum = adabatch.curvature.lanczos_spectrum(
+            product, params, key, num_steps=steps, start=start
+        )
         return spectrum.largest
 
     return run
@@ -122,10 +126,12 @@ def an_eighth(loss: Callable, params: PyTree, x: Any, y: Any, key: jax.Array) ->
     eighths = jax.tree.map(lambda a: a.reshape(8, -1, *a.shape[1:]), (x, y))
     part = jax.tree.map(lambda a: a[jax.random.randint(key, (), 0, 8)], eighths)
     product, start = (
-        adabatch.hessian_vector_product(loss, params, *part),
+        adabatch.curvature.hessian_vector_product(loss, params, *part),
         jax.grad(loss)(params, *part),
     )
-    return adabatch.top_eigenvector(product, params, key, num_steps=COARSE, start=start)[1]
+    return adabatch.curvature.top_eigenvector(product, params, key, num_steps=COARSE, start=start)[
+        1
+    ]
 
 
 def ours_from_an_eighth(loss: Callable, steps: int) -> Callable[..., jax.Array]:
@@ -136,8 +142,10 @@ def ours_from_an_eighth(loss: Callable, steps: int) -> Callable[..., jax.Array]:
         count = 8 if steps == 1 else None
         if count:
             x, y = x.reshape(count, -1, *x.shape[1:]), y.reshape(count, -1)
-        product = adabatch.hessian_vector_product(loss, params, x, y, count=count)
-        spectrum = adabatch.lanczos_spectrum(product, params, key, num_steps=steps, start=start)
+        product = adabatch.curvature.hessian_vector_product(loss, params, x, y, count=count)
+        spectrum = adabatch.curvature.lanczos_spectrum(
+            product, params, key, num_steps=steps, start=start
+        )
         return spectrum.largest
 
     return run

@@ -138,7 +138,7 @@ def methods(net: nn.Module, size: int) -> dict[str, tuple[Callable[..., Any], in
         return lambda params, batch, key: fn(params, adabatch.split_groups(batch, number))
 
     def signs(number: int) -> Callable[..., Any]:
-        fn = adabatch.value_and_grad_signs(losses_fn, num_signs=number)
+        fn = adabatch.noise.value_and_grad_signs(losses_fn, num_signs=number)
         return lambda params, batch, key: fn(params, adabatch.split_groups(batch, 1), key)
 
     def structured(params: PyTree, batch: PyTree, key: jax.Array) -> Any:

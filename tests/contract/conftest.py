@@ -278,7 +278,7 @@ TABLE = [
     ),
     Row(
         "scale_by_adamp",
-        adabatch.scale_by_adamp,
+        adabatch.optimizers.scale_by_adamp,
         (),
         {"weight_decay": 0.1},
         ("b1", "b2", "eps", "weight_decay", "delta", "wd_ratio"),
@@ -294,7 +294,7 @@ TABLE = [
     ),
     Row(
         "scale_by_batch_adam",
-        adabatch.scale_by_batch_adam,
+        adabatch.optimizers.scale_by_batch_adam,
         (),
         {"base_batch_size": 16},
         ("b1", "b2", "eps", "base_batch_size"),
@@ -302,7 +302,7 @@ TABLE = [
     ),
     Row(
         "scale_by_batch_adam with fixed betas",
-        adabatch.scale_by_batch_adam,
+        adabatch.optimizers.scale_by_batch_adam,
         (),
         {"base_batch_size": 16, "scale_betas": False, "nesterov": True}
         | {"eps_scaling": adabatch.linear_scaling()},
@@ -334,6 +334,22 @@ TABLE = [
         noise_of,
     ),
 ]
+
+
+# Every public name of the core: the facade has only some of them.
+PUBLIC = {
+    name: getattr(room, name)
+    for room in (
+        *(adabatch.noise, adabatch.batch_size, adabatch.curvature),
+        *(adabatch.learning_rate, adabatch.optimizers),
+    )
+    for name in room.__all__
+}
+
+
+@pytest.fixture
+def public() -> dict[str, Any]:
+    return PUBLIC
 
 
 @pytest.fixture

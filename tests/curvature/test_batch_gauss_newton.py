@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from scipy.sparse.linalg import eigsh
 
-from adabatch_jax import (
+from adabatch_jax.curvature import (
     batch_gauss_newton_extremes,
     full_gauss_newton_extremes,
     gauss_newton_noise,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from scipy.sparse.linalg import eigsh
 
-from adabatch_jax import (
+from adabatch_jax.curvature import (
     batch_hessian_extremes,
     effective_batch_size,
     full_hessian_extremes,

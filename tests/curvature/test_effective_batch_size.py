@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from adabatch_jax import effective_batch_size, inverse_effective_batch_size
+from adabatch_jax.curvature import effective_batch_size, inverse_effective_batch_size
 
 
 @given(batch=st.integers(1, 2**20), more=st.integers(0, 2**20))

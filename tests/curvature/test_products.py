@@ -56,12 +56,12 @@ def split(tree, num):
 
 
 def test_the_hessian_is_jax_s():
-    got = dense(adabatch.hessian_vector_product(loss, PARAMS, X, Y), PARAMS)
+    got = dense(adabatch.curvature.hessian_vector_product(loss, PARAMS, X, Y), PARAMS)
     np.testing.assert_allclose(got, dense_hessian(), atol=1e-6)
 
 
 def test_the_gauss_newton_matrix_is_the_dense_one_and_has_no_negative_eigenvalue():
-    operator = adabatch.gauss_newton_vector_product(model, cross_entropy, PARAMS, X, Y)
+    operator = adabatch.curvature.gauss_newton_vector_product(model, cross_entropy, PARAMS, X, Y)
     got = dense(operator, PARAMS)
     np.testing.assert_allclose(got, dense_gauss_newton(), atol=1e-6)
     assert np.linalg.eigvalsh(got)[0] > -1e-6
@@ -71,14 +71,14 @@ def test_the_gauss_newton_matrix_is_the_dense_one_and_has_no_negative_eigenvalue
 def test_micro_batches_add_up_to_the_examples_that_are_counted(count):
     x, y = split((X, Y), 6)
     used = 4 * count
-    hessian = adabatch.hessian_vector_product(loss, PARAMS, x, y, count=count)
+    hessian = adabatch.curvature.hessian_vector_product(loss, PARAMS, x, y, count=count)
     np.testing.assert_allclose(
         dense(hessian, PARAMS), dense_hessian(x=X[:used], y=Y[:used]), atol=1e-6
     )
-    gauss_newton = adabatch.gauss_newton_vector_product(
+    gauss_newton = adabatch.curvature.gauss_newton_vector_product(
         model, cross_entropy, PARAMS, x, y, count=count
     )
-    expected = adabatch.gauss_newton_vector_product(
+    expected = adabatch.curvature.gauss_newton_vector_product(
         model, cross_entropy, PARAMS, X[:used], Y[:used]
     )
     np.testing.assert_allclose(dense(gauss_newton, PARAMS), dense(expected, PARAMS), atol=1e-6)
@@ -90,7 +90,7 @@ def test_one_compilation_serves_every_count_and_what_is_left_out_may_be_nan():
 
     @jax.jit
     def product(params, x, y, count, v):
-        return adabatch.hessian_vector_product(loss, params, x, y, count=count)(v)
+        return adabatch.curvature.hessian_vector_product(loss, params, x, y, count=count)(v)
 
     for count in (0, 2, 4):
         got = ravel_pytree(product(PARAMS, x, y, count, PARAMS))[0]
@@ -104,7 +104,9 @@ def test_one_compilation_serves_every_count_and_what_is_left_out_may_be_nan():
 def test_memory_does_not_grow_with_the_number_of_micro_batches():
     def temporary(num):
         x, y = jnp.zeros((num, 256, 5)), jnp.zeros((num, 256), jnp.int32)
-        fn = lambda p, x, y, v: adabatch.hessian_vector_product(loss, p, x, y, count=num)(v)
+        fn = lambda p, x, y, v: adabatch.curvature.hessian_vector_product(loss, p, x, y, count=num)(
+            v
+        )
         return (
             jax.jit(fn).lower(PARAMS, x, y, PARAMS).compile().memory_analysis().temp_size_in_bytes
         )
@@ -116,7 +118,7 @@ def test_an_operator_is_an_argument_like_any_other():
     apply = jax.jit(lambda operator, v: operator(v))
     for scale in (1.0, 2.0):
         params = jax.tree.map(lambda p, s=scale: s * p, PARAMS)
-        got = apply(adabatch.hessian_vector_product(loss, params, X, Y), PARAMS)
+        got = apply(adabatch.curvature.hessian_vector_product(loss, params, X, Y), PARAMS)
         expected = dense_hessian(params) @ ravel_pytree(PARAMS)[0]
         np.testing.assert_allclose(ravel_pytree(got)[0], expected, atol=1e-5)
     assert apply._cache_size() == 1
@@ -125,7 +127,7 @@ def test_an_operator_is_an_argument_like_any_other():
 def test_bfloat16_parameters_give_float32_products():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     x, y = split((X.astype(jnp.bfloat16), Y), 6)
-    got = adabatch.hessian_vector_product(loss, params, x, y, count=6)(PARAMS)
+    got = adabatch.curvature.hessian_vector_product(loss, params, x, y, count=6)(PARAMS)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(got)} == {"float32"}
     expected = dense_hessian() @ ravel_pytree(PARAMS)[0]
     np.testing.assert_allclose(ravel_pytree(got)[0], expected, atol=0.03)
@@ -134,7 +136,7 @@ def test_bfloat16_parameters_give_float32_products():
 def test_flax_linen():
     net = nn.Dense(3, use_bias=False)
     params = net.init(KEY, X)
-    operator = adabatch.hessian_vector_product(
+    operator = adabatch.curvature.hessian_vector_product(
         lambda p, x, y: cross_entropy(net.apply(p, x), y), params, X, Y
     )
     got = dense(operator, params)
@@ -149,9 +151,9 @@ def test_flax_nnx():
     def of_state(state, x, y):
         return cross_entropy(nnx.merge(graphdef, state)(x), y)
 
-    got = dense(adabatch.hessian_vector_product(of_state, params, X, Y), params)
+    got = dense(adabatch.curvature.hessian_vector_product(of_state, params, X, Y), params)
     kernel = net.kernel[...]
-    expected = adabatch.hessian_vector_product(
+    expected = adabatch.curvature.hessian_vector_product(
         lambda w, x, y: cross_entropy(x @ w, y), kernel, X, Y
     )
     np.testing.assert_allclose(got, dense(expected, kernel), atol=1e-6)
@@ -159,8 +161,8 @@ def test_flax_nnx():
 
 def test_what_is_wrong_is_named():
     with pytest.raises(ValueError, match="loss_fn must be callable, got 3"):
-        adabatch.hessian_vector_product(3, PARAMS, X, Y)
+        adabatch.curvature.hessian_vector_product(3, PARAMS, X, Y)
     with pytest.raises(ValueError, match="same leading axis, got shapes"):
-        adabatch.hessian_vector_product(loss, PARAMS, X, Y[:3], count=2)
+        adabatch.curvature.hessian_vector_product(loss, PARAMS, X, Y[:3], count=2)
     with pytest.raises(ValueError, match="must start with the inputs"):
-        adabatch.gauss_newton_vector_product(model, cross_entropy, PARAMS)
+        adabatch.curvature.gauss_newton_vector_product(model, cross_entropy, PARAMS)

@@ -18,7 +18,9 @@ def matrix(eigenvalues, seed=0):
 
 
 def spectrum_of(a, **options):
-    run = jax.jit(lambda a, k: adabatch.lanczos_spectrum(lambda v: a @ v, a[0], k, **options))
+    run = jax.jit(
+        lambda a, k: adabatch.curvature.lanczos_spectrum(lambda v: a @ v, a[0], k, **options)
+    )
     return run(a, KEY)
 
 
@@ -78,7 +80,9 @@ def test_arrays_without_entries_change_nothing():
     multiply = lambda v: {"w": a @ v["w"], "none": v["none"]}
     params = {"w": jnp.ones(3), "none": none}
     for start in (None, params):
-        found, vector = adabatch.top_eigenvector(multiply, params, KEY, num_steps=3, start=start)
+        found, vector = adabatch.curvature.top_eigenvector(
+            multiply, params, KEY, num_steps=3, start=start
+        )
         np.testing.assert_allclose(found.eigenvalues[0], [-2.0, 1.0, 3.0], atol=1e-4)
         assert vector["none"].shape == none.shape
 
@@ -104,18 +108,18 @@ def test_moments_are_within_three_standard_errors():
 
 def test_the_density_integrates_to_one_and_has_a_standard_error():
     found = spectrum_of(matrix(np.r_[10.0, 5.0, -3.0, BULK]), num_steps=30, num_probes=5)
-    density = adabatch.spectral_density(found)
+    density = adabatch.curvature.spectral_density(found)
     np.testing.assert_allclose(np.trapezoid(density.density, density.grid), 1.0, atol=1e-3)
     middle = np.abs(density.grid) < 1.0
     inside = np.trapezoid(np.where(middle, density.density, 0.0), density.grid)
     assert abs(inside - 0.99) < 0.03
     assert (np.asarray(density.standard_error) >= 0).all()
-    one = adabatch.spectral_density(jax.tree.map(lambda x: x[:1], found))
+    one = adabatch.curvature.spectral_density(jax.tree.map(lambda x: x[:1], found))
     assert not one.standard_error.any()  # not measured, and no NaN that jax_debug_nans would find
 
 
 def test_the_density_of_a_zero_matrix_is_a_peak_at_zero():
-    density = adabatch.spectral_density(spectrum_of(jnp.zeros((9, 9)), num_steps=3))
+    density = adabatch.curvature.spectral_density(spectrum_of(jnp.zeros((9, 9)), num_steps=3))
     np.testing.assert_allclose(np.trapezoid(density.density, density.grid), 1.0, atol=1e-3)
     assert abs(float(density.grid[np.argmax(density.density)])) < 1e-3
 
@@ -125,12 +129,12 @@ def test_pytrees_bfloat16_and_float64():
     multiply = lambda v: jax.tree.map(jnp.multiply, diagonal, v)
     for dtype in (jnp.float32, jnp.bfloat16):
         params = jax.tree.map(lambda x, d=dtype: x.astype(d), diagonal)
-        found = adabatch.lanczos_spectrum(multiply, params, KEY, num_steps=4)
+        found = adabatch.curvature.lanczos_spectrum(multiply, params, KEY, num_steps=4)
         assert found.eigenvalues.dtype == jnp.float32
         np.testing.assert_allclose(found.eigenvalues[0], [-1.0, 1.0, 2.0, 4.0], atol=1e-5)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), diagonal)
-        found = adabatch.lanczos_spectrum(multiply, wide, KEY, num_steps=4)
+        found = adabatch.curvature.lanczos_spectrum(multiply, wide, KEY, num_steps=4)
         np.testing.assert_allclose(found.eigenvalues[0], [-1.0, 1.0, 2.0, 4.0], atol=1e-5)
 
 
@@ -141,13 +145,17 @@ def test_operators_of_one_loss_share_a_program():
     tops = []
     for top in (3.0, 5.0):
         a = matrix([top, 1.0, 0.5])
-        operator = adabatch.hessian_vector_product(loss, jnp.ones(3), a)
-        tops.append(adabatch.lanczos_spectrum(operator, jnp.ones(3), KEY, num_steps=3).largest)
+        operator = adabatch.curvature.hessian_vector_product(loss, jnp.ones(3), a)
+        tops.append(
+            adabatch.curvature.lanczos_spectrum(operator, jnp.ones(3), KEY, num_steps=3).largest
+        )
     np.testing.assert_allclose(tops, [3.0, 5.0], rtol=1e-5)
 
 
 def test_what_is_not_finite_shows():
-    found = adabatch.lanczos_spectrum(lambda v: v * jnp.nan, jnp.ones(4), KEY, num_steps=3)
+    found = adabatch.curvature.lanczos_spectrum(
+        lambda v: v * jnp.nan, jnp.ones(4), KEY, num_steps=3
+    )
     assert np.isnan(found.largest) and not bool(found.converged())
 
 
@@ -160,12 +168,12 @@ def test_what_is_not_finite_shows():
 )
 def test_bad_counts_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        adabatch.lanczos_spectrum(lambda v: v, jnp.ones(3), KEY, **options)
+        adabatch.curvature.lanczos_spectrum(lambda v: v, jnp.ones(3), KEY, **options)
 
 
 def test_no_parameters_are_an_error():
     with pytest.raises(ValueError, match="params must hold"):
-        adabatch.lanczos_spectrum(lambda v: v, {}, KEY, num_steps=3)
+        adabatch.curvature.lanczos_spectrum(lambda v: v, {}, KEY, num_steps=3)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-25])
@@ -173,14 +181,14 @@ def test_a_given_start_is_used_whatever_its_length(scale):
     """From a sum of two eigenvectors, two steps know both eigenvalues, and their weights."""
     start = scale * jnp.array([3.0, 0.0, 4.0, 0.0])
     multiply = lambda v: jnp.array([5.0, 9.0, -1.0, 7.0]) * v
-    found = adabatch.lanczos_spectrum(multiply, start, KEY, num_steps=2, start=start)
+    found = adabatch.curvature.lanczos_spectrum(multiply, start, KEY, num_steps=2, start=start)
     np.testing.assert_allclose(found.eigenvalues, [[-1.0, 5.0]], atol=1e-5)
     np.testing.assert_allclose(found.weights, [[0.64, 0.36]], atol=1e-5)
 
 
 def test_a_start_allows_one_probe():
     with pytest.raises(ValueError, match="num_probes must be 1 with start, got 2"):
-        adabatch.lanczos_spectrum(
+        adabatch.curvature.lanczos_spectrum(
             lambda v: v, jnp.ones(3), KEY, num_steps=2, num_probes=2, start=jnp.ones(3)
         )
 
@@ -188,14 +196,14 @@ def test_a_start_allows_one_probe():
 def test_the_top_eigenvector_has_the_residual_it_claims():
     """Of an unfinished run: the Ritz pair as NumPy has it, and the same run as the spectrum's."""
     a = matrix(np.linspace(-12.0, 10.0, 300))
-    found, vector = adabatch.top_eigenvector(lambda v: a @ v, a[0], KEY, num_steps=6)
+    found, vector = adabatch.curvature.top_eigenvector(lambda v: a @ v, a[0], KEY, num_steps=6)
     wide, v = np.asarray(a, np.float64), np.asarray(vector, np.float64)
     np.testing.assert_allclose(np.linalg.norm(v), 1.0, rtol=1e-5)
     np.testing.assert_allclose(v @ wide @ v, found.largest, rtol=1e-5)
     residual = np.linalg.norm(wide @ v - float(found.largest) * v)
     assert residual > 0.1
     np.testing.assert_allclose(residual, found.residuals[0, -1], rtol=1e-3)
-    same = adabatch.lanczos_spectrum(lambda v: a @ v, a[0], KEY, num_steps=6)
+    same = adabatch.curvature.lanczos_spectrum(lambda v: a @ v, a[0], KEY, num_steps=6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, same)
 
 
@@ -203,7 +211,7 @@ def test_a_run_that_ends_early_gives_its_top_eigenvector():
     diagonal = {"a": jnp.array([4.0, 1.0]), "b": jnp.array([[2.0], [-5.0]])}
     multiply = lambda v: jax.tree.map(jnp.multiply, diagonal, v)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), diagonal)
-    found, vector = adabatch.top_eigenvector(multiply, half, KEY, num_steps=9)
+    found, vector = adabatch.curvature.top_eigenvector(multiply, half, KEY, num_steps=9)
     assert vector["a"].dtype == jnp.float32
     np.testing.assert_allclose(found.largest, 4.0, rtol=1e-5)
     np.testing.assert_allclose(np.abs(vector["a"]), [1.0, 0.0], atol=1e-5)
@@ -219,31 +227,35 @@ def test_the_top_eigenvector_of_a_part_needs_one_step_with_the_whole():
     whole = matrix(np.r_[10.0, 5.0, -3.0, BULK])
     noise = matrix(0.15 * np.sign(np.r_[BULK, BULK[:3]]), seed=2)
     params = jnp.ones(300)
-    part = adabatch.hessian_vector_product(loss, params, whole + noise)
+    part = adabatch.curvature.hessian_vector_product(loss, params, whole + noise)
     start = jax.random.normal(jax.random.key(9), (300,))
-    _, vector = adabatch.top_eigenvector(part, params, KEY, num_steps=12, start=1e-25 * start)
-    product = adabatch.hessian_vector_product(loss, params, whole)
-    found = adabatch.lanczos_spectrum(product, params, KEY, num_steps=1, start=vector)
+    _, vector = adabatch.curvature.top_eigenvector(
+        part, params, KEY, num_steps=12, start=1e-25 * start
+    )
+    product = adabatch.curvature.hessian_vector_product(loss, params, whole)
+    found = adabatch.curvature.lanczos_spectrum(product, params, KEY, num_steps=1, start=vector)
     np.testing.assert_allclose(found.largest, 10.0, rtol=1e-3)
     assert bool(found.converged(2e-2))
-    blind = adabatch.lanczos_spectrum(product, params, KEY, num_steps=1)
+    blind = adabatch.curvature.lanczos_spectrum(product, params, KEY, num_steps=1)
     assert float(blind.largest) < 5.0 and not bool(blind.converged(2e-2))
 
 
 def test_bad_arguments_of_the_top_eigenvector_are_named():
     with pytest.raises(ValueError, match="top_eigenvector: num_steps must be a positive integer"):
-        adabatch.top_eigenvector(lambda v: v, jnp.ones(3), KEY, num_steps=0)
+        adabatch.curvature.top_eigenvector(lambda v: v, jnp.ones(3), KEY, num_steps=0)
     with pytest.raises(ValueError, match="top_eigenvector: params must hold"):
-        adabatch.top_eigenvector(lambda v: v, {}, KEY, num_steps=3)
+        adabatch.curvature.top_eigenvector(lambda v: v, {}, KEY, num_steps=3)
     with pytest.raises(ValueError, match="operator"):
-        adabatch.top_eigenvector(3, jnp.ones(3), KEY, num_steps=3)
+        adabatch.curvature.top_eigenvector(3, jnp.ones(3), KEY, num_steps=3)
 
 
 def test_the_basis_is_not_copied():
     """Memory of a run is that of its vectors: copies of the basis would double or quadruple it."""
 
     def temporary(steps):
-        run = lambda d, k: adabatch.lanczos_spectrum(lambda v: d * v, d, k, num_steps=steps)
+        run = lambda d, k: adabatch.curvature.lanczos_spectrum(
+            lambda v: d * v, d, k, num_steps=steps
+        )
         program = jax.jit(run).lower(jnp.ones((256, 256)), KEY).compile()
         return program.memory_analysis().temp_size_in_bytes
 

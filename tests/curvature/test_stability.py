@@ -8,7 +8,7 @@ import optax
 import pytest
 from hypothesis import given
 
-from adabatch_jax import (
+from adabatch_jax.curvature import (
     batch_hessian_extremes,
     max_stable_learning_rate,
     transition_batch_size,

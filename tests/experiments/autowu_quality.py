@@ -72,7 +72,7 @@ DIRECTIONS = {
     "momentum": lambda: optax.trace(0.9),
     "adam": optax.scale_by_adam,
     "lamb": lambda: optax.chain(optax.scale_by_adam(eps=1e-6), optax.scale_by_trust_ratio()),
-    "adamp": lambda: adabatch.scale_by_adamp(),
+    "adamp": lambda: adabatch.optimizers.scale_by_adamp(),
 }
 
 

@@ -92,7 +92,7 @@ def noise_table(cases: list[Case]) -> list[Any]:
         level, error = case.with_error(lambda keep, c=case: c.noise(0, keep)[0])
         parts, (rank, share) = case.noise()[1] / level, case.rank()
         random = show(*mean_error(np.array(case.probes["random"])))
-        star = float(adabatch.transition_batch_size(case.largest, level))
+        star = float(adabatch.curvature.transition_batch_size(case.largest, level))
         lines.append([
             " ".join(case.name), f"{case.largest:.4g}", f"{case.values[1] / case.largest:.2f}",
             f"{case.smallest:.3g}", show(level, error), random if "hessian" in case.name else "",

@@ -52,8 +52,10 @@ def examples() -> tuple[jax.Array, jax.Array]:
 def product(net: str, matrix: str, params: Any, x: jax.Array, y: jax.Array, count: Any) -> Any:
     apply, loss_fn, _ = network(net)
     if matrix == "hessian":
-        return adabatch.hessian_vector_product(loss_fn, params, x, y, count=count)
-    return adabatch.gauss_newton_vector_product(apply, cross_entropy, params, x, y, count=count)
+        return adabatch.curvature.hessian_vector_product(loss_fn, params, x, y, count=count)
+    return adabatch.curvature.gauss_newton_vector_product(
+        apply, cross_entropy, params, x, y, count=count
+    )
 
 
 def train(net: str, out: Path) -> Result:
@@ -145,7 +147,7 @@ def noise(net: str, state: str, out: Path) -> Result:
     groups = (x.reshape(-1, GROUP, 28, 28), y.reshape(-1, GROUP))
     loss_fn = lambda p, group: network(net)[1](p, *group)
     probe = jax.jit(
-        lambda params, key, groups, name: adabatch.hessian_noise(
+        lambda params, key, groups, name: adabatch.curvature.hessian_noise(
             loss_fn, params, groups, key, probe=name
         ),
         static_argnums=3,

@@ -14,7 +14,7 @@ import adabatch_jax as adabatch
 
 
 def inverse(size: Any) -> np.ndarray:
-    return np.asarray(adabatch.inverse_effective_batch_size(size, N))
+    return np.asarray(adabatch.curvature.inverse_effective_batch_size(size, N))
 
 
 def mean_error(sample: np.ndarray) -> tuple[Any, Any]:
@@ -80,12 +80,16 @@ def hessian_predictions(case: Case, sizes: np.ndarray) -> dict[str, Any]:
     """λ₁′ and ("low …") λ_P′ at all sizes by every probe: name → (value, standard error)."""
 
     def extremes(level: Any, low: bool = False) -> np.ndarray:
-        batch = adabatch.batch_hessian_extremes(case.largest, case.smallest, level, sizes, N)
+        batch = adabatch.curvature.batch_hessian_extremes(
+            case.largest, case.smallest, level, sizes, N
+        )
         return np.asarray(batch.smallest if low else batch.largest)
 
     def fit(tops: jax.Array) -> jax.Array:
-        found = adabatch.fit_hessian_noise(1 / inverse(np.array(FITTED)), tops)
-        return adabatch.batch_hessian_extremes(found.largest, 0.0, found.noise, sizes, N).largest
+        found = adabatch.curvature.fit_hessian_noise(1 / inverse(np.array(FITTED)), tops)
+        return adabatch.curvature.batch_hessian_extremes(
+            found.largest, 0.0, found.noise, sizes, N
+        ).largest
 
     def gaps(keep: Any, own: bool = False) -> np.ndarray:
         level, parts = case.noise(0, keep)
@@ -114,16 +118,18 @@ def hessian_predictions(case: Case, sizes: np.ndarray) -> dict[str, Any]:
 
 def gauss_newton_predictions(case: Case, sizes: np.ndarray) -> dict[str, Any]:
     """λ₁′ at all sizes: σ² fitted, with two meanings of P, and from products along u₁."""
-    effective = adabatch.effective_batch_size(jnp.array(FITTED), N)
+    effective = adabatch.curvature.effective_batch_size(jnp.array(FITTED), N)
 
     def top(level: Any, count: float) -> Any:
         ratio = jnp.asarray(count * inverse(sizes))
-        return adabatch.batch_gauss_newton_extremes(case.largest, level, ratio).largest
+        return adabatch.curvature.batch_gauss_newton_extremes(case.largest, level, ratio).largest
 
     def fit(count: float) -> Any:
         def predict(tops: jax.Array) -> Any:
             largest = jnp.float32(case.largest)
-            level = adabatch.gauss_newton_noise(effective, tops, largest, num_parameters=count)
+            level = adabatch.curvature.gauss_newton_noise(
+                effective, tops, largest, num_parameters=count
+            )
             return top(level, count)
 
         return case.fitted(predict)

@@ -201,7 +201,7 @@ def make_gradient(apply, policy: Policy, x, y, order):
         return jnp.sum(losses_fn(params, group) * real) / jnp.maximum(jnp.sum(real), 1)
 
     noisy = adabatch.value_and_grad_noise(loss_fn, **(policy.measure or {}))
-    signed = adabatch.value_and_grad_signs(losses_fn)
+    signed = adabatch.noise.value_and_grad_signs(losses_fn)
     groups = 4 if policy.measure is None else policy.groups
 
     def rung(group_size: int, places: int, params, used, size, measure):

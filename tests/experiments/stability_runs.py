@@ -86,7 +86,9 @@ def frozen_growth(point, root, vector, key, rates, examples, *, name: str, size:
     direction = METHODS[name].frozen
 
     def one(v, state, rate, batch):
-        product = adabatch.gauss_newton_vector_product(MODEL.apply, cross_entropy, point, *batch)
+        product = adabatch.curvature.gauss_newton_vector_product(
+            MODEL.apply, cross_entropy, point, *batch
+        )
         image = product.linear()(jax.tree.map(jnp.divide, v, root))
         updates, state = direction.update(jax.tree.map(jnp.divide, image, root), state)
         return jax.tree.map(lambda a, u: a - rate * u, v, updates), state
@@ -153,7 +155,7 @@ def top(point, root, groups, key):
     """λ₁ of D^-½ H D^-½, and its eigenvector."""
     zero = jax.tree.map(jnp.zeros_like, point)
     whole = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), groups)
-    product = adabatch.hessian_vector_product(scaled_loss, zero, whole, point, root)
+    product = adabatch.curvature.hessian_vector_product(scaled_loss, zero, whole, point, root)
     spectrum, vector = lanczos(product.linear(), random_unit(key, zero), 30)
     return jnp.max(spectrum.eigenvalues), vector
 
@@ -163,7 +165,7 @@ def noise(point, root, groups, key):
     """ν² of the same matrix."""
     loss = lambda u, batch: scaled_loss(u, batch, point, root)
     zero = jax.tree.map(jnp.zeros_like, point)
-    return adabatch.hessian_noise(loss, zero, groups, key, num_steps=20)
+    return adabatch.curvature.hessian_noise(loss, zero, groups, key, num_steps=20)
 
 
 def curvature_arguments(name: str, size: int, seed: int, point: Any = None) -> Any:
@@ -263,7 +265,9 @@ def predicted(name: str, size: int, done: dict[str, Any], form: str = "") -> Any
     if form == "without m":
         noise = noise * (1 - beta) / (1 + beta)
     kind = dict(momentum=beta, adaptive=adaptive, piecewise=form == "piecewise")
-    bound = adabatch.max_stable_learning_rate(largest, noise=noise, batch_size=size, **kind)
+    bound = adabatch.curvature.max_stable_learning_rate(
+        largest, noise=noise, batch_size=size, **kind
+    )
     return np.asarray(bound)
 
 
@@ -271,7 +275,9 @@ def damped_prediction(rate: float, size: int, done: dict[str, Any]) -> Any:
     """ε ≫ √v̂ makes Adam SGD of rate α/ε with averaged momentum: ε = α / its bound, [seed]."""
     largest, noise = (np.asarray(done["curvature | plain"][k]) for k in ("l1", "nu2"))
     kind = dict(momentum=0.9, adaptive=True, batch_size=size)
-    return rate / np.asarray(adabatch.max_stable_learning_rate(largest, noise=noise, **kind))
+    return rate / np.asarray(
+        adabatch.curvature.max_stable_learning_rate(largest, noise=noise, **kind)
+    )
 
 
 def damped_cases() -> dict[str, list[tuple[float, int]]]:

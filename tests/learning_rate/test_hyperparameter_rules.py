@@ -9,15 +9,13 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
-from adabatch_jax import (
+from adabatch_jax import linear_scaling, scale_by_batch_size, sqrt_scaling
+from adabatch_jax.learning_rate import (
     follow_batch_size,
-    linear_scaling,
-    scale_by_batch_size,
     scaled_average,
     scaled_beta,
     scaled_eps,
     scaled_weight_decay,
-    sqrt_scaling,
 )
 
 BASE = 64

@@ -174,16 +174,16 @@ def test_until_the_first_usable_measurement_nothing_moves_and_every_step_tries()
 def test_caps_hold():
     _, states = follow(link(max_momentum=0.1), [CURVATURES])
     np.testing.assert_allclose(states[0].lanczos_momentum, 0.1, rtol=1e-6)
-    bound = adabatch.max_stable_learning_rate(9.0, momentum=0.1)
+    bound = adabatch.curvature.max_stable_learning_rate(9.0, momentum=0.1)
     assert float(states[0].lanczos_learning_rate) <= float(bound) * (1 + 1e-6)
     _, states = follow(link(safety=0.25), [CURVATURES])
-    bound = adabatch.max_stable_learning_rate(9.0, momentum=states[0].lanczos_momentum)
+    bound = adabatch.curvature.max_stable_learning_rate(9.0, momentum=states[0].lanczos_momentum)
     np.testing.assert_allclose(states[0].lanczos_learning_rate, 0.25 * bound, rtol=1e-4)
 
 
 def test_the_rate_is_that_of_the_batch_behind_the_gradient():
     """Curvature 9 of all data, ν² = 81: seen through 100 examples, used with batches of 4 and 10⁶."""
-    seen = adabatch.batch_hessian_extremes(9.0, -9.0, 81.0, 100).largest
+    seen = adabatch.curvature.batch_hessian_extremes(9.0, -9.0, 81.0, 100).largest
     optimizer = link("nesterov", hessian_noise=81.0, curvature_batch_size=100)
     for size, expected in ((4, 9 + 81 / (4 * 9)), (10**6, 9.0)):
         _, states = follow(optimizer, [CURVATURES * seen / 9], batch_size=size)

@@ -39,7 +39,7 @@ def by_numpy(matrices):
     largest, vectors = np.linalg.eigh(matrices.mean(0))
     images = matrices.reshape(GROUPS, -1, DIM, DIM).mean(1) @ vectors[:, -1]
     noise = EXAMPLES / GROUPS * images.var(0, ddof=1).sum()
-    full = adabatch.full_hessian_extremes(largest[-1], largest[0], noise, EXAMPLES)
+    full = adabatch.curvature.full_hessian_extremes(largest[-1], largest[0], noise, EXAMPLES)
     return float(full.largest), float(noise)
 
 
@@ -71,10 +71,10 @@ def test_the_factor_is_the_rule_at_the_measured_transition(
     )
     step, state = step_of(link), link.init(jnp.ones(DIM))
     values = np.linalg.eigvalsh(matrices.mean(0))
-    full = adabatch.full_hessian_extremes(
+    full = adabatch.curvature.full_hessian_extremes(
         values[-1], values[0], by_numpy[1], EXAMPLES, dataset_size
     )
-    transition = adabatch.transition_batch_size(full.largest, by_numpy[1], momentum=0.5)
+    transition = adabatch.curvature.transition_batch_size(full.largest, by_numpy[1], momentum=0.5)
     rule = adabatch.random_matrix_scaling(transition, adaptive=adaptive, dataset_size=dataset_size)
     for size in (8, 32, 128, 2048):
         updates, state = step(state, groups, size)

@@ -10,12 +10,11 @@ from hypothesis import given
 
 from adabatch_jax import (
     linear_scaling,
-    max_stable_learning_rate,
     random_matrix_scaling,
     scale_by_batch_size,
     sqrt_scaling,
-    transition_batch_size,
 )
+from adabatch_jax.curvature import max_stable_learning_rate, transition_batch_size
 
 UPDATES = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adabatch_jax import split_groups, value_and_grad_noise, value_and_grad_signs
+from adabatch_jax import split_groups, value_and_grad_noise
+from adabatch_jax.noise import value_and_grad_signs
 
 GROUPS = jnp.ones((4, 2, 3))
 

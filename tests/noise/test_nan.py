@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adabatch_jax import merge_noise, value_and_grad_noise, value_and_grad_signs
+from adabatch_jax import merge_noise, value_and_grad_noise
+from adabatch_jax.noise import value_and_grad_signs
 
 GROUPS = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(np.float32)
 ALL = {"coordinate_wise": True, "inner_products": True}

@@ -7,12 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adabatch_jax import (
-    recommend_estimator,
-    split_groups,
-    value_and_grad_noise,
-    value_and_grad_signs,
-)
+from adabatch_jax import split_groups, value_and_grad_noise
+from adabatch_jax.noise import recommend_estimator, value_and_grad_signs
 
 
 def test_micro_batches_that_are_there_anyway_cost_nothing():

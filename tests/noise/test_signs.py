@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import adabatch_jax as adabatch
-from adabatch_jax import merge_noise, split_groups, value_and_grad_signs
-from adabatch_jax.noise import _signs
+from adabatch_jax import merge_noise, split_groups
+from adabatch_jax.noise import _signs, value_and_grad_signs
 
 NUM_GROUPS, GROUP_SIZE = 4, 6
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from adabatch_jax import merge_noise, value_and_grad_noise, value_and_grad_signs
+from adabatch_jax import merge_noise, value_and_grad_noise
+from adabatch_jax.noise import value_and_grad_signs
 
 TRAINED = {"z": True, "r": True, "half": False, "count": False}
 

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from adabatch_jax import adamp, scale_by_adamp
+from adabatch_jax import adamp
+from adabatch_jax.optimizers import scale_by_adamp
 
 OPTIONS = dict(b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.05, delta=0.1, wd_ratio=0.1)
 

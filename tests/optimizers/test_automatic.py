@@ -118,7 +118,7 @@ def test_the_drop_in_finds_about_the_same(run):
 
 DIRECTIONS = {
     "adam": (optax.scale_by_adam(), "sqrt", 4.0),
-    "adamp": (adabatch.scale_by_adamp(), "sqrt", 4.0),
+    "adamp": (adabatch.optimizers.scale_by_adamp(), "sqrt", 4.0),
     "rms": (optax.scale_by_rms(0.9), "sqrt", 4.0),
     "slow rms": (optax.scale_by_rms(0.99), "sqrt", 4.0),
     "lion": (optax.scale_by_lion(), "sqrt", 4.0),

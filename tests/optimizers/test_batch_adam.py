@@ -9,13 +9,9 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
-from adabatch_jax import (
-    follow_batch_size,
-    linear_scaling,
-    scale_by_batch_adam,
-    scaled_beta,
-    sqrt_scaling,
-)
+from adabatch_jax import linear_scaling, sqrt_scaling
+from adabatch_jax.learning_rate import follow_batch_size, scaled_beta
+from adabatch_jax.optimizers import scale_by_batch_adam
 
 BASE = 64
 SIZES = [64, 16, 640, 128, 128, 1000, 8, 64, 4096, 32]

@@ -66,7 +66,7 @@ def test_thresholds_and_measurements_are_those_of_the_criterion():
     register_criterion("mine", made, thresholds={"theta": 0.5, "nu": 2.0}, inner_products=True)
     plan = resolve(TrainConfig(criterion="mine", nu=3.0), 1437)
     assert plan.thresholds == {"theta": 0.5, "nu": 3.0} and plan.criterion.inner_products
-    assert isinstance(build_criterion(plan), adabatch.Criterion)
+    assert isinstance(build_criterion(plan), adabatch.batch_size.Criterion)
     with pytest.raises(ValueError, match="--criterion mine does not read --eta"):
         TrainConfig(criterion="mine", eta=0.5)
 

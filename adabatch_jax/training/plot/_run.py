@@ -57,8 +57,8 @@ def plot_run(
         it is known, "noise_scale" (in examples). Not-finite values leave gaps. Other columns are
         ignored.
       title: headline of the figure.
-      smoothed: what AutoWU saw, from `adabatch_jax.smoothed_losses`, with positions in examples: the
-        smoothed loss with its band, and a line through all panels where the warm-up ended.
+      smoothed: what AutoWU saw, from `adabatch_jax.learning_rate.smoothed_losses`, with positions in
+        examples: the smoothed loss with its band, and a line through all panels where the warm-up ended.
       note: a few words about the learning rate, above its panel.
       path: where to save the picture, atomically; its suffix gives the format (default png).
 

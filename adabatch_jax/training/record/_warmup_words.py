@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adabatch_jax import SmoothedLosses, WarmupEnd
+from adabatch_jax import WarmupEnd
+from adabatch_jax.learning_rate import SmoothedLosses
 
 
 def describe_warmup(shown: Mapping[str, Any], smoothed: SmoothedLosses) -> dict[str, Any]:

@@ -89,14 +89,14 @@ def compile_measures(config: SpectrumConfig, apply: Apply) -> Compiled:
     def of_batch(
         params: PyTree, batch: Batch, count: jax.Array, key: jax.Array
     ) -> tuple[Spectrum, jax.Array]:
-        hessian = adabatch.hessian_vector_product(loss_fn, params, batch, count=count)
+        hessian = adabatch.curvature.hessian_vector_product(loss_fn, params, batch, count=count)
         product = hessian
         if config.matrix == "gauss-newton":
             parts = batch["inputs"], batch["labels"], batch["weights"]
-            product = adabatch.gauss_newton_vector_product(
+            product = adabatch.curvature.gauss_newton_vector_product(
                 logits, loss_of_logits, params, *parts, count=count
             )
-        spectrum = adabatch.lanczos_spectrum(product, params, key, num_steps=config.steps)
+        spectrum = adabatch.curvature.lanczos_spectrum(product, params, key, num_steps=config.steps)
         direction = gradient(params, batch, count)
         square = squared_norm(direction)
         along = dot(direction, hessian(direction)) / jnp.where(square > 0, square, 1.0)
@@ -106,7 +106,7 @@ def compile_measures(config: SpectrumConfig, apply: Apply) -> Compiled:
     def noise_along(params: PyTree, groups: Batch, sign: jax.Array, key: jax.Array) -> jax.Array:
         # The bottom of the Hessian is the top of that of the negative loss.
         groups = {**groups, "weights": sign * groups["weights"]}
-        return adabatch.hessian_noise(
+        return adabatch.curvature.hessian_noise(
             loss_fn, params, groups, key, probe=config.noise_probe, num_steps=config.steps
         )
 

@@ -144,7 +144,7 @@ def measure_subject(
         "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "config": dataclasses.asdict(config),
     }
-    return SpectrumResult(spectrum, adabatch.spectral_density(spectrum), summary)
+    return SpectrumResult(spectrum, adabatch.curvature.spectral_density(spectrum), summary)
 
 
 def _full(spectrum: Spectrum, num_parameters: int) -> dict[str, Any]:

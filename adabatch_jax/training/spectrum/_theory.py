@@ -54,8 +54,8 @@ def noise_from_batches(
     places = np.linspace(0, len(fitted) - 1, min(len(fitted), _MOST_SIZES_IN_FIT)).round()
     used = [fitted[int(i)] for i in places]
     sizes = np.array([b for b, _ in used])
-    noise = adabatch.gauss_newton_noise(
-        adabatch.effective_batch_size(sizes, examples),
+    noise = adabatch.curvature.gauss_newton_noise(
+        adabatch.curvature.effective_batch_size(sizes, examples),
         np.array([x for _, x in used]),
         largest,
         num_parameters=num_parameters,
@@ -67,7 +67,7 @@ def transition(summary: Mapping[str, Any]) -> float:
     """The effective batch size at which λ₁′ = 2 λ₁."""
     largest, noise = summary["full"]["largest"], summary["noise"]
     if summary["matrix"] == "hessian":
-        return float(adabatch.transition_batch_size(largest, noise))
+        return float(adabatch.curvature.transition_batch_size(largest, noise))
     gap = largest - noise
     return summary["num_parameters"] * noise / gap if gap > 0 else float("inf")
 
@@ -85,7 +85,7 @@ def learning_rates(
     if summary["matrix"] != "hessian":
         extremes = _batch_extremes(summary, batch_sizes, total)[0]
         level = dict(noise=(extremes - largest) * largest, batch_size=1)
-    rates = adabatch.max_stable_learning_rate(largest, momentum=momentum, **level)
+    rates = adabatch.curvature.max_stable_learning_rate(largest, momentum=momentum, **level)
     return np.asarray(rates)
 
 
@@ -98,10 +98,12 @@ def _batch_extremes(
         # Noise is aligned with the outliers, so each end has a ν² of its own.
         ends = full["largest"], full["smallest"]
         top, bottom = (
-            adabatch.batch_hessian_extremes(*ends, nu_squared, sizes, total)
+            adabatch.curvature.batch_hessian_extremes(*ends, nu_squared, sizes, total)
             for nu_squared in (noise, summary["noise_smallest"])
         )
         return np.asarray(top.largest), np.asarray(bottom.smallest)
-    ratio = summary["num_parameters"] * adabatch.inverse_effective_batch_size(sizes, total)
-    found = adabatch.batch_gauss_newton_extremes(full["largest"], noise, ratio)
+    ratio = summary["num_parameters"] * adabatch.curvature.inverse_effective_batch_size(
+        sizes, total
+    )
+    found = adabatch.curvature.batch_gauss_newton_extremes(full["largest"], noise, ratio)
     return np.asarray(found.largest), np.asarray(found.smallest)

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
+from adabatch_jax import curvature
 from adabatch_jax.learning_rate._posterior_test import in_floats_of
 from adabatch_jax.learning_rate._quasisep import _fit, quasisep_smoother
 from adabatch_jax.learning_rate._rbf import rbf_smoother
@@ -52,7 +53,7 @@ def value_and_grad_signs(params, **options):
     def losses_fn(params, group):
         return jax.vmap(lambda x: loss_fn(params, x[None]))(group)
 
-    noisy = adabatch.value_and_grad_signs(losses_fn, **options)
+    noisy = adabatch.noise.value_and_grad_signs(losses_fn, **options)
 
     def fn(params, key, count):
         return noisy(params, GROUPS, jax.random.wrap_key_data(key), count=count)
@@ -79,7 +80,7 @@ def of_state(function, params):
 def hessian(params, *, counted=False):
     def fn(params, groups, count, vector):
         count = count if counted else None
-        return adabatch.hessian_vector_product(loss_fn, params, groups, count=count)(vector)
+        return curvature.hessian_vector_product(loss_fn, params, groups, count=count)(vector)
 
     return fn, params, GROUPS, np.int32(2), params
 
@@ -87,7 +88,7 @@ def hessian(params, *, counted=False):
 def gauss_newton(params, *, counted=False):
     def fn(params, groups, count, vector):
         batch = (groups, groups) if counted else (groups[0], groups[1])
-        product = adabatch.gauss_newton_vector_product(
+        product = curvature.gauss_newton_vector_product(
             model_fn, square_loss, params, *batch, count=count if counted else None
         )
         return product(vector)
@@ -97,7 +98,7 @@ def gauss_newton(params, *, counted=False):
 
 def lanczos(function, params, *, from_start=False, **options):
     def fn(params, groups, key):
-        operator = adabatch.hessian_vector_product(loss_fn, params, groups)
+        operator = curvature.hessian_vector_product(loss_fn, params, groups)
         start = params if from_start else None
         return function(operator, params, jax.random.wrap_key_data(key), start=start, **options)
 
@@ -107,14 +108,14 @@ def lanczos(function, params, *, from_start=False, **options):
 def hessian_noise(params, probe):
     def fn(params, groups, key):
         key = jax.random.wrap_key_data(key)
-        return adabatch.hessian_noise(loss_fn, params, groups, key, probe=probe, num_steps=3)
+        return curvature.hessian_noise(loss_fn, params, groups, key, probe=probe, num_steps=3)
 
     return fn, params, GROUPS, np.zeros(2, np.uint32)
 
 
 def density():
     numbers = (np.ones((2, 3), np.float32) for _ in range(3))
-    return adabatch.spectral_density, adabatch.Spectrum(*numbers)
+    return curvature.spectral_density, curvature.Spectrum(*numbers)
 
 
 def number(function, *values, **options):
@@ -123,7 +124,7 @@ def number(function, *values, **options):
 
 def followed(rule, params):
     """A rule in its place: where Optax asks for a hyper-parameter."""
-    decay = adabatch.follow_batch_size(rule, base_batch_size=16)
+    decay = adabatch.learning_rate.follow_batch_size(rule, base_batch_size=16)
     link = optax.inject_hyperparams(optax.add_decayed_weights)(weight_decay=decay)
     return updated(link, params)
 
@@ -177,33 +178,38 @@ FUNCTIONS = {
     "hessian_vector_product: counted": lambda p: hessian(p, counted=True),
     "gauss_newton_vector_product": gauss_newton,
     "gauss_newton_vector_product: counted": lambda p: gauss_newton(p, counted=True),
-    "lanczos_spectrum": lambda p: lanczos(adabatch.lanczos_spectrum, p, num_steps=4, num_probes=2),
+    "lanczos_spectrum": lambda p: lanczos(curvature.lanczos_spectrum, p, num_steps=4, num_probes=2),
     "lanczos_spectrum: from a start": lambda p: lanczos(
-        adabatch.lanczos_spectrum, p, num_steps=4, from_start=True
+        curvature.lanczos_spectrum, p, num_steps=4, from_start=True
     ),
-    "top_eigenvector": lambda p: lanczos(adabatch.top_eigenvector, p, num_steps=4),
+    "top_eigenvector": lambda p: lanczos(curvature.top_eigenvector, p, num_steps=4),
     "spectral_density": lambda p: density(),
     "hessian_noise": lambda p: hessian_noise(p, "ritz"),
     "hessian_noise: random": lambda p: hessian_noise(p, "random"),
-    "fit_hessian_noise": lambda p: (adabatch.fit_hessian_noise, SIZES, EXTREMES),
+    "fit_hessian_noise": lambda p: (curvature.fit_hessian_noise, SIZES, EXTREMES),
     "batch_sharpness": lambda p: (
-        lambda params, groups: adabatch.batch_sharpness(loss_fn, params, groups),
+        lambda params, groups: curvature.batch_sharpness(loss_fn, params, groups),
         *(p, GROUPS),
     ),
-    "gauss_newton_noise": lambda p: (adabatch.gauss_newton_noise, SIZES, EXTREMES, EXTREMES[2]),
-    "batch_hessian_extremes": lambda p: number(adabatch.batch_hessian_extremes, 2, -1, 8, 16),
-    "full_hessian_extremes": lambda p: number(adabatch.full_hessian_extremes, 2, -1, 8, 16, 100),
+    "gauss_newton_noise": lambda p: (
+        curvature.gauss_newton_noise,
+        SIZES,
+        EXTREMES,
+        EXTREMES[2],
+    ),
+    "batch_hessian_extremes": lambda p: number(curvature.batch_hessian_extremes, 2, -1, 8, 16),
+    "full_hessian_extremes": lambda p: number(curvature.full_hessian_extremes, 2, -1, 8, 16, 100),
     "batch_gauss_newton_extremes": lambda p: number(
-        adabatch.batch_gauss_newton_extremes, 2, 0.1, 4
+        curvature.batch_gauss_newton_extremes, 2, 0.1, 4
     ),
-    "full_gauss_newton_extremes": lambda p: number(adabatch.full_gauss_newton_extremes, 2, 0.1, 4),
-    "effective_batch_size": lambda p: number(adabatch.effective_batch_size, 16, 100),
+    "full_gauss_newton_extremes": lambda p: number(curvature.full_gauss_newton_extremes, 2, 0.1, 4),
+    "effective_batch_size": lambda p: number(curvature.effective_batch_size, 16, 100),
     "inverse_effective_batch_size": lambda p: number(
-        adabatch.inverse_effective_batch_size, 16, 100
+        curvature.inverse_effective_batch_size, 16, 100
     ),
-    "transition_batch_size": lambda p: number(adabatch.transition_batch_size, 2, 8, momentum=0.9),
+    "transition_batch_size": lambda p: number(curvature.transition_batch_size, 2, 8, momentum=0.9),
     "max_stable_learning_rate": lambda p: number(
-        adabatch.max_stable_learning_rate, 2, momentum=0.9, noise=8.0, batch_size=16
+        curvature.max_stable_learning_rate, 2, momentum=0.9, noise=8.0, batch_size=16
     ),
     "linear_scaling": lambda p: scaled(adabatch.linear_scaling(), p),
     "sqrt_scaling": lambda p: scaled(adabatch.sqrt_scaling(), p),
@@ -211,10 +217,10 @@ FUNCTIONS = {
         adabatch.random_matrix_scaling(1000.0, adaptive=True, dataset_size=10_000), p
     ),
     "follow_batch_size": lambda p: followed(lambda size, base: size / base, p),
-    "scaled_weight_decay": lambda p: followed(adabatch.scaled_weight_decay(0.1), p),
-    "scaled_eps": lambda p: followed(adabatch.scaled_eps(1e-8), p),
-    "scaled_beta": lambda p: followed(adabatch.scaled_beta(0.9), p),
-    "scaled_average": lambda p: followed(adabatch.scaled_average(0.9), p),
+    "scaled_weight_decay": lambda p: followed(adabatch.learning_rate.scaled_weight_decay(0.1), p),
+    "scaled_eps": lambda p: followed(adabatch.learning_rate.scaled_eps(1e-8), p),
+    "scaled_beta": lambda p: followed(adabatch.learning_rate.scaled_beta(0.9), p),
+    "scaled_average": lambda p: followed(adabatch.learning_rate.scaled_average(0.9), p),
 }
 
 
@@ -223,8 +229,8 @@ def test_every_function_is_exported(check, params, name):
     check(*FUNCTIONS[name](params))
 
 
-def test_no_function_is_forgotten(table):
-    functions = {n for n in adabatch.__all__ if inspect.isfunction(getattr(adabatch, n))}
+def test_no_function_is_forgotten(table, public):
+    functions = {name for name, thing in public.items() if inspect.isfunction(thing)}
     named = {name.split(":")[0] for name in FUNCTIONS}
     assert functions - {row.factory.__name__ for row in table} == named | ON_THE_HOST
 
@@ -277,7 +283,7 @@ def noise_of_devices(params, groups):
 
 def hessian_noise_of_devices(params, groups):
     options = dict(num_steps=3, axis_name="data")
-    return adabatch.hessian_noise(loss_fn, params, groups, jax.random.key(0), **options)
+    return curvature.hessian_noise(loss_fn, params, groups, jax.random.key(0), **options)
 
 
 def update_on_devices(params, groups):
@@ -313,7 +319,7 @@ def test_groups_may_be_numpy_arrays(params, name):
         "value_and_grad_noise": lambda p: adabatch.value_and_grad_noise(loss_fn, vectorize=2)(
             p, GROUPS
         ),
-        "hessian_noise": lambda p: adabatch.hessian_noise(
+        "hessian_noise": lambda p: curvature.hessian_noise(
             loss_fn, p, GROUPS, jax.random.key(0), num_steps=3
         ),
         "random matrix": lambda p: link.update(p, link.init(p), p, **more),

@@ -54,11 +54,13 @@ def squared_error(outputs, y):
 
 
 def hessian(params, groups, **options):
-    return adabatch.hessian_vector_product(loss_fn, params, groups, **options)
+    return adabatch.curvature.hessian_vector_product(loss_fn, params, groups, **options)
 
 
 def gauss_newton(params, groups, **options):
-    return adabatch.gauss_newton_vector_product(model, squared_error, params, *groups, **options)
+    return adabatch.curvature.gauss_newton_vector_product(
+        model, squared_error, params, *groups, **options
+    )
 
 
 MATRICES = {"hessian": hessian, "gauss_newton": gauss_newton}
@@ -75,10 +77,10 @@ def everything(params, v, groups, counts, axis=None):
                 lambda own, m=matrix: m(params, micro, count=own, axis_name=axis)(v), counts
             )
     whole = hessian(params, examples(groups), axis_name=axis)
-    spectrum = adabatch.lanczos_spectrum(whole, params, KEY, num_steps=12)
+    spectrum = adabatch.curvature.lanczos_spectrum(whole, params, KEY, num_steps=12)
     found["extremes"] = spectrum.largest, spectrum.smallest
     for probe in () if counts is None else ("ritz", "random"):
-        found[probe] = adabatch.hessian_noise(
+        found[probe] = adabatch.curvature.hessian_noise(
             loss_fn, params, micro, KEY, probe=probe, num_steps=12, axis_name=axis
         )
     return found

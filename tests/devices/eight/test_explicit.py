@@ -83,7 +83,9 @@ def test_the_examples_of_a_group_may_be_sharded(spread, expected):
 
 def test_signs_over_sharded_examples(spread):
     x = jax.random.normal(jax.random.key(0), (2, 16, 3))
-    fn = jax.jit(adabatch.value_and_grad_signs(lambda w, x: (x @ w) ** 2, coordinate_wise=True))
+    fn = jax.jit(
+        adabatch.noise.value_and_grad_signs(lambda w, x: (x @ w) ** 2, coordinate_wise=True)
+    )
     on_one = fn(jnp.ones(3), x, jax.random.key(1))
     found = fn(jnp.ones(3), spread(x, 1), jax.random.key(1))
     chex.assert_trees_all_close(found, on_one, rtol=1e-4, atol=1e-6)
@@ -111,7 +113,7 @@ def test_groups_sharded_along_the_loop_are_refused(spread):
     x = spread(jnp.ones((8, 4)), 0)
     for run in (
         lambda: adabatch.value_and_grad_noise(lambda w, x: jnp.mean(w * x))(1.0, x),
-        lambda: adabatch.value_and_grad_signs(lambda w, x: w * x)(1.0, x, jax.random.key(0)),
+        lambda: adabatch.noise.value_and_grad_signs(lambda w, x: w * x)(1.0, x, jax.random.key(0)),
     ):
         with pytest.raises(
             ValueError, match=r"groups is sharded.*'data'.*lanes=True.*AxisType.Auto"

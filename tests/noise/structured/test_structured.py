@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 from adabatch_jax import split_groups
 from adabatch_jax.noise._structured._estimate import value_and_grad_structured

@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from adabatch_jax.training import RunInterrupted, TrainConfig, TrainingError, train
-from adabatch_jax.training import _train as training
+from adabatch_jax.training import (
+    RunInterrupted,
+    TrainConfig,
+    TrainingError,
+    _train as training,
+    train,
+)
 from adabatch_jax.training.checkpoint import _run_checkpoints
 from adabatch_jax.training.record import _rows
 

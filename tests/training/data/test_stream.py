@@ -8,8 +8,7 @@ import grain
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import adabatch_jax as adabatch
 from adabatch_jax.training import (

@@ -15,7 +15,7 @@ def seen(**changes):
     """A bowl of losses with a curve through it, ended at 3000."""
     x = np.arange(0.0, 3000.0, 100.0)
     grid = np.linspace(0.0, 3000.0, 50)
-    shown = adabatch.SmoothedLosses(
+    shown = adabatch.learning_rate.SmoothedLosses(
         positions=x,
         losses=1.0 + ((x - 2000) / 1000) ** 2,
         grid=grid,

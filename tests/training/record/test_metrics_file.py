@@ -5,8 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from adabatch_jax.training.record import MetricsWriter, _metrics_file, read_metrics
 

@@ -133,9 +133,9 @@ def test_the_numbers_are_those_of_lanczos_spectrum(found, digits, oracle):
         return jnp.mean(losses_and_logits(apply, params, inputs, labels)[0])
 
     images = digits.train_inputs[oracle.pool], digits.train_labels[oracle.pool]
-    product = adabatch.hessian_vector_product(loss, params, *map(jnp.asarray, images))
+    product = adabatch.curvature.hessian_vector_product(loss, params, *map(jnp.asarray, images))
     for number, key in enumerate(keys):
-        direct = adabatch.lanczos_spectrum(product, params, key, num_steps=STEPS)
+        direct = adabatch.curvature.lanczos_spectrum(product, params, key, num_steps=STEPS)
         seen = found.spectrum.eigenvalues[number]
         np.testing.assert_allclose(seen[-5:], direct.eigenvalues[0, -5:], rtol=1e-4)
 
@@ -183,15 +183,17 @@ def test_the_noise_is_the_variance_of_single_hessians(summary, oracle):
 def test_what_is_predicted_is_what_the_formulas_say(summary):
     ends = summary["full"]["largest"], summary["full"]["smallest"]
     noise, sizes = summary["noise"], np.array(SIZES)
-    top = adabatch.batch_hessian_extremes(*ends, noise, sizes, EXAMPLES)
-    bottom = adabatch.batch_hessian_extremes(*ends, summary["noise_smallest"], sizes, EXAMPLES)
+    top = adabatch.curvature.batch_hessian_extremes(*ends, noise, sizes, EXAMPLES)
+    bottom = adabatch.curvature.batch_hessian_extremes(
+        *ends, summary["noise_smallest"], sizes, EXAMPLES
+    )
     assert summary["transition_batch_size"] == pytest.approx(noise / ends[0] ** 2, rel=1e-5)
     for row, high, low in zip(summary["batches"], top.largest, bottom.smallest, strict=True):
         assert row["predicted_largest"] == pytest.approx(float(high))
         assert row["predicted_smallest"] == pytest.approx(float(low))
         whole = dict(noise=noise, batch_size=row["batch_size"], dataset_size=1437)
         for name, momentum in (("max_learning_rate", 0.0), ("max_learning_rate_momentum", 0.9)):
-            rate = adabatch.max_stable_learning_rate(ends[0], momentum=momentum, **whole)
+            rate = adabatch.curvature.max_stable_learning_rate(ends[0], momentum=momentum, **whole)
             assert row[name] == pytest.approx(float(rate))
 
 
@@ -203,19 +205,19 @@ def test_the_gauss_newton_matrix_of_a_logistic_model_is_its_hessian(summary, gau
 
 
 def test_the_noise_of_the_gauss_newton_matrix_is_fitted(gauss_newton):
-    sizes = adabatch.effective_batch_size(np.array(SIZES[:2]), EXAMPLES)
+    sizes = adabatch.curvature.effective_batch_size(np.array(SIZES[:2]), EXAMPLES)
     extremes = np.array([row["largest"] for row in gauss_newton["batches"]])[:2]
     full = gauss_newton["full"]["largest"]
-    noise = float(adabatch.gauss_newton_noise(sizes, extremes, full, num_parameters=650))
+    noise = float(adabatch.curvature.gauss_newton_noise(sizes, extremes, full, num_parameters=650))
     assert noise > 0
     assert gauss_newton["noise"] == pytest.approx(noise)
     assert gauss_newton["noise_from"] == list(SIZES[:2]), "all examples have no noise"
     assert gauss_newton["transition_batch_size"] == pytest.approx(650 * noise / (full - noise))
     for row, ratio in zip(gauss_newton["batches"], 650 / sizes, strict=False):
-        expected = adabatch.batch_gauss_newton_extremes(full, noise, ratio)
+        expected = adabatch.curvature.batch_gauss_newton_extremes(full, noise, ratio)
         assert row["predicted_largest"] == pytest.approx(float(expected.largest))
-        inverse = adabatch.inverse_effective_batch_size(row["batch_size"], 1437)
-        sharp = adabatch.batch_gauss_newton_extremes(full, noise, 650 * inverse).largest
+        inverse = adabatch.curvature.inverse_effective_batch_size(row["batch_size"], 1437)
+        sharp = adabatch.curvature.batch_gauss_newton_extremes(full, noise, 650 * inverse).largest
         assert row["max_learning_rate"] == pytest.approx(2 / float(sharp))
 
 
@@ -231,8 +233,8 @@ def test_the_noise_of_the_gauss_newton_matrix_is_fitted(gauss_newton):
 )
 def test_of_many_sizes_every_other_one_tests_the_fit(sizes, used):
     total = 96 if max(sizes) <= 96 else 8192
-    inverse = adabatch.inverse_effective_batch_size(np.array(sizes), total)
-    tops = adabatch.batch_gauss_newton_extremes(5.0, 0.5, 1000 * inverse).largest
+    inverse = adabatch.curvature.inverse_effective_batch_size(np.array(sizes), total)
+    tops = adabatch.curvature.batch_gauss_newton_extremes(5.0, 0.5, 1000 * inverse).largest
     noise, fitted = noise_from_batches(
         sizes, tops.tolist(), 5.0, examples=total, num_parameters=1000
     )
