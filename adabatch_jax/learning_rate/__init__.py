@@ -16,7 +16,7 @@ AutoWU smooths the losses with a Gaussian process, in one of two ways. "rbf" is 
 smooth kernel of fixed length, fitted to 100 and conditioned on 500 random losses, five times.
 "quasisep" has a Matérn-5/2 kernel that learns its length, is conditioned on all losses in linear
 time, and leaves nothing to chance. `_posterior_test.py` says what both are asked, `_rbf.py` and
-`_quasisep.py` how they answer, `_autowu.py` what is done with the answer.
+`_quasisep.py` how they answer, `_autowu_step.py` what is done with the answer.
 
 For other rooms: `probe_direction` tells the traits of a direction (`DirectionTraits`), `batch_sizes`
 reads a batch size from what `update` is told, `share_of_new` is 1 − β for a batch,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,52 +12,16 @@ import optax
 from adabatch_jax import _validate
 from adabatch_jax._tree import widen
 from adabatch_jax._types import AxisName, PyTree
-from adabatch_jax.curvature import (
-    Spectrum,
-    full_hessian_extremes,
-    hessian_vector_product,
-    lanczos,
-    max_stable_learning_rate,
-    random_unit,
-)
 from adabatch_jax.learning_rate._examples import batch_sizes
+from adabatch_jax.learning_rate._lanczos_rates import (
+    VARIANTS,
+    LanczosRules,
+    ScaleByLanczosState,
+    rates,
+    refreshed,
+)
 from adabatch_jax.learning_rate._refresh import Refresh
 from adabatch_jax.noise import GradientNoise
-
-VARIANTS = ("gradient_descent", "heavy_ball", "nesterov", "nesterov_authors")
-_ROUNDING = 1e-3  # of L: a negative Ritz value beyond it is negative curvature
-_SMALL = 0.1  # of L: below, a Ritz value with most of the weight stands for the mass at zero
-_KNOWN = 0.25  # of μ: with a larger residual, it is only what so few steps see of smaller ones
-
-
-class ScaleByLanczosState(NamedTuple):
-    """State of `scale_by_lanczos`; statistics and trace are at least float32."""
-
-    lanczos_learning_rate: jax.Array  # of the last step; 0 before the curvature is known
-    lanczos_momentum: jax.Array
-    curvature_largest: jax.Array  # λ₁ and λ_P as last measured
-    curvature_smallest: jax.Array
-    curvature_residual: jax.Array  # of λ₁: bounds its error
-    curvature_scale: jax.Array  # L, μ and the median of |θ|, smoothed over refreshes
-    curvature_floor: jax.Array
-    curvature_median: jax.Array
-    refreshes: jax.Array  # int32: that gave a usable curvature
-    failed_refreshes: jax.Array  # int32: whose curvature was not finite or not positive
-    since_refresh: jax.Array  # uint32, in steps or examples; the first step is due
-    lanczos_key: jax.Array
-    lanczos_trace: PyTree
-
-    def report_metrics(self) -> dict[str, Any]:
-        """The numbers that `adabatch.metrics` shows."""
-        return {
-            "learning_rate": self.lanczos_learning_rate,
-            "momentum": self.lanczos_momentum,
-            "curvature_largest": self.curvature_largest,
-            "curvature_smallest": self.curvature_smallest,
-            "curvature_residual": self.curvature_residual,
-            "refreshes": self.refreshes,
-            "failed_refreshes": self.failed_refreshes,
-        }
 
 
 def scale_by_lanczos(
@@ -151,8 +115,17 @@ def scale_by_lanczos(
     if hessian_noise is not None:
         _validate.between(where, 0.0, float("inf"), hessian_noise=hessian_noise)
         _validate.positive(where, curvature_batch_size=curvature_batch_size)
+    rules = LanczosRules(
+        variant=variant,
+        num_steps=num_steps,
+        max_momentum=max_momentum,
+        safety=safety,
+        smoothing=smoothing,
+        hessian_noise=hessian_noise,
+        curvature_batch_size=curvature_batch_size,
+        axis_name=axis_name,
+    )
     sign = -1.0 if flip_sign else 1.0
-    nesterov = variant.startswith("nesterov")
 
     def init(params: PyTree) -> ScaleByLanczosState:
         _validate.real_arrays(where, params=params)
@@ -175,72 +148,6 @@ def scale_by_lanczos(
             lanczos_key=jax.random.key_data(jax.random.key(seed)),
             lanczos_trace=optax.tree.zeros_like(widen(params)),
         )
-
-    def refreshed(
-        state: ScaleByLanczosState, params: PyTree, value_fn: Callable[[PyTree], jax.Array]
-    ) -> ScaleByLanczosState:
-        key, draw = jax.random.split(jax.random.wrap_key_data(state.lanczos_key))
-        product = hessian_vector_product(value_fn, params, axis_name=axis_name)
-        found, _ = lanczos(product.linear(), random_unit(draw, params), num_steps)
-        largest, smallest = found.largest, found.smallest
-        scale, floor, residual, median = _landmarks(found)
-        if variant != "nesterov_authors":
-            floor = jnp.where(residual <= _KNOWN * floor, floor, 0.0)
-        if hessian_noise is not None:
-            full = full_hessian_extremes(scale, -scale, hessian_noise, curvature_batch_size)
-            floor, median = jnp.minimum(floor, full.largest), jnp.minimum(median, full.largest)
-            scale = full.largest
-        usable = jnp.isfinite(scale + floor + median) & (largest > 0) & (scale > 0)
-        convex = smallest >= -_ROUNDING * scale
-        old = jnp.where(state.refreshes == 0, 0.0, jnp.asarray(smoothing, jnp.float32))
-
-        def mean(before: jax.Array, now: jax.Array) -> jax.Array:
-            safe = jnp.where(before > 0, before, now)
-            return jnp.power(safe, old) * jnp.power(now, 1.0 - old)
-
-        new = state._replace(
-            curvature_largest=largest,
-            curvature_smallest=smallest,
-            curvature_residual=found.residuals[jnp.argmax(found.eigenvalues)],
-            curvature_scale=scale,
-            curvature_floor=jnp.where(convex, mean(state.curvature_floor, floor), 0.0),
-            curvature_median=mean(state.curvature_median, median),
-            refreshes=state.refreshes + 1,
-        )
-        alpha, beta = rates(new, {})
-        echo = scale * jnp.maximum(alpha * scale / (2.0 * (1.0 - beta)), 1.0)
-        held = jnp.maximum(jnp.minimum(state.curvature_scale, echo), scale)
-        new = new._replace(curvature_scale=jnp.maximum(mean(state.curvature_scale, scale), held))
-        failed = state._replace(failed_refreshes=state.failed_refreshes + 1)
-        kept = optax.tree.where(usable, new, failed)
-        return kept._replace(lanczos_key=jax.random.key_data(key))
-
-    def rates(state: ScaleByLanczosState, sharpness: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        known = state.refreshes > 0
-        full = top = jnp.where(known, state.curvature_scale, 1.0)
-        if sharpness:  # 2 / bound is the L of a batch of that size
-            top = 2.0 / max_stable_learning_rate(full, **sharpness)
-        low = jnp.minimum(state.curvature_floor, top)
-        root, small = jnp.sqrt(top), jnp.sqrt(low)
-        ratio = (root - small) / (root + small)
-        # The formulas of all variants side by side, as in a table. `variant` is static, and the compiler
-        # drops the few scalars that are not looked up.
-        beta = {
-            "gradient_descent": 0.0 * ratio,
-            "heavy_ball": jnp.square(ratio),
-            "nesterov": ratio,
-            "nesterov_authors": ratio,
-        }[variant]
-        beta = jnp.minimum(beta, jnp.asarray(max_momentum, jnp.float32))
-        alpha = {
-            "gradient_descent": 2.0 / (top + jnp.minimum(state.curvature_median, top)),
-            "heavy_ball": jnp.square(2.0 / (root + small)),
-            "nesterov": 1.0 / top,
-            "nesterov_authors": small / root,
-        }[variant]
-        bound = max_stable_learning_rate(full, momentum=beta, nesterov=nesterov, **sharpness)
-        alpha = jnp.minimum(alpha, jnp.asarray(safety, jnp.float32) * bound)
-        return jnp.where(known, alpha, 0.0), beta
 
     def update(
         updates: PyTree,
@@ -269,16 +176,16 @@ def scale_by_lanczos(
             # Without the trace: what passes through a cond inside a scan is copied at every step.
             numbers = state._replace(lanczos_trace=())
             numbers = jax.lax.cond(
-                due, lambda s: refreshed(s, params, value_fn), lambda s: s, numbers
+                due, lambda s: refreshed(rules, s, params, value_fn), lambda s: s, numbers
             )
             state = numbers._replace(lanczos_trace=state.lanczos_trace)
-        alpha, beta = rates(state, sharpness)
+        alpha, beta = rates(rules, state, sharpness)
         trace = jax.tree.map(
             lambda t, u: beta.astype(t.dtype) * t + u.astype(t.dtype), state.lanczos_trace, updates
         )
 
         def step(u: jax.Array, t: jax.Array) -> jax.Array:
-            ahead = beta.astype(t.dtype) * t + u.astype(t.dtype) if nesterov else t
+            ahead = beta.astype(t.dtype) * t + u.astype(t.dtype) if rules.nesterov else t
             return ((sign * alpha).astype(t.dtype) * ahead).astype(u.dtype)
 
         stepped = jax.tree.map(step, updates, trace)
@@ -290,14 +197,3 @@ def scale_by_lanczos(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _landmarks(found: Spectrum) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """L = max |θ|, min |θ| and its residual, the median of |θ|; without the mass at zero."""
-    sizes, weights = jnp.abs(found.eigenvalues), found.weights
-    largest = jnp.max(sizes)
-    kept = (weights > 0) & ((weights <= 0.5) | (sizes >= _SMALL * largest))
-    ordered, last = jnp.sort(jnp.where(kept, sizes, jnp.inf)), jnp.sum(kept) - 1
-    residual = found.residuals[jnp.argmin(jnp.where(kept, sizes, jnp.inf))]
-    median = 0.5 * (ordered[last // 2] + ordered[(last + 1) // 2])
-    return largest, ordered[0], residual, median
