@@ -37,7 +37,18 @@ def single_precision():
     assert not jax.config.jax_enable_x64, "this test left float64 on"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True, scope="session")
+def _smoother_for_tests():
+    """`smoother="as they are"`: for tests of what is around the Gaussian process, which compiles long."""
+    from adabatch_jax.learning_rate import _autowu
+    from tests.learning_rate.losses import as_they_are
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_autowu.SMOOTHERS, "as they are", as_they_are)
+        yield
+
+
+@pytest.fixture(scope="module")
 def optimized():
     """Programs as users get them: for tests of what they cost."""
     before = jax.config.jax_disable_most_optimizations

@@ -25,6 +25,7 @@ def test_notebook_opens_in_colab(path):
     assert f"notebooks/{path.name}" in title, "the Colab badge leads to another notebook"
 
 
+@pytest.mark.notebooks
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     """In a copy, on this checkout: the install cell finds adabatch_jax and leaves it alone."""

@@ -9,6 +9,7 @@ import pytest
 
 import adabatch_jax as adabatch
 
+pytestmark = pytest.mark.usefixtures("optimized")
 WIDTH, SIZE, GROUPS = 256, 16, 8
 WEIGHTS = 3 * WIDTH * WIDTH
 SGD = optax.sgd(1e-3, momentum=0.9)

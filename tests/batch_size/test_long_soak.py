@@ -115,6 +115,7 @@ def before(sizes):
     return np.concatenate([[96], sizes[:-1]])
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", CONTROLS)
 def test_the_batch_size_keeps_its_promises_in_every_step(name):
     state, _, _ = soaked(name)
@@ -130,6 +131,7 @@ def test_the_batch_size_keeps_its_promises_in_every_step(name):
     assert (before(sizes) < LARGEST).mean() > 0.8, "and was at the end of it for the end of the run"
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", CONTROLS)
 def test_every_status_and_every_counter_is_that_of_the_model(name):
     state, examples, _ = soaked(name)
@@ -165,6 +167,7 @@ def test_every_status_and_every_counter_is_that_of_the_model(name):
     assert np.sum(used) > 2**40
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", CONTROLS)
 def test_every_decision_is_that_of_the_averages_in_float64(name):
     state, examples, square = soaked(name)
@@ -216,6 +219,7 @@ def test_every_decision_is_that_of_the_averages_in_float64(name):
     assert (off <= options["multiple_of"] + 1e-7 * most).all()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", CONTROLS)
 def test_nothing_that_is_not_a_number_enters_the_state(name):
     state, _, _ = soaked(name)
@@ -261,6 +265,7 @@ def dropped_in():
     return gradients, losses, jax.device_get(on_lanes(gradients, losses))
 
 
+@pytest.mark.soak
 def test_a_long_run_of_the_drop_in_counts_what_was_good_and_steps_when_the_batch_is_full():
     gradients, losses, (state, updates) = dropped_in()
     for leaf in jax.tree.leaves((state.inner_opt_state, state.gathered_value, updates)):

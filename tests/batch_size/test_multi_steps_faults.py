@@ -116,7 +116,7 @@ def test_without_one_good_micro_batch_no_step_is_made_and_the_count_says_so(name
 def test_autowu_in_the_drop_in_is_told_when_every_micro_batch_is_broken(watched):
     """As in the fused step: it goes back if it may. Otherwise its state stays out of it, too."""
     schedule = adabatch.scale_by_autowu(
-        total_steps=60, steps_per_test=1, smoother="quasisep", watch_divergence=watched
+        total_steps=60, steps_per_test=1, smoother="as they are", watch_divergence=watched
     )
     controller = adabatch.adapt_batch_size(
         adabatch.norm_test(1.0), initial_batch_size=16, max_batch_size=16

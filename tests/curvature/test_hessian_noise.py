@@ -62,7 +62,9 @@ def test_equal_groups_have_no_noise():
     assert 0 <= float(got) < 1e-6
 
 
+@pytest.mark.slow
 def test_it_predicts_the_largest_eigenvalue_of_a_batch():
+    """Slow: the eigenvalues of many batches."""
     a = matrices(4096, 16.0)
     full = np.linalg.eigvalsh(a.mean(axis=0))
     noise = adabatch.curvature.hessian_noise(quadratic, jnp.ones(P), grouped(a, 16), KEY)

@@ -87,7 +87,9 @@ def test_arrays_without_entries_change_nothing():
         assert vector["none"].shape == none.shape
 
 
+@pytest.mark.slow
 def test_the_recurrence_is_matfree_s():
+    """Slow: our iteration and matfree's, each compiled."""
     a = matrix(np.r_[10.0, 5.0, -3.0, BULK])
     found = spectrum_of(a, num_steps=15)
     start = jax.random.normal(jax.random.split(jax.random.split(KEY, 1)[0], 1)[0], (300,))

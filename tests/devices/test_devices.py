@@ -9,6 +9,10 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
+import pytest
+
+pytestmark = pytest.mark.devices
+
 HERE = pathlib.Path(__file__).parent
 
 

@@ -16,6 +16,8 @@ import pytest
 from adabatch_jax.training import load_dataset, load_params, read_metrics
 from adabatch_jax.training.models import classifier
 
+pytestmark = pytest.mark.devices
+
 OPTIONS = ["--model", "logistic", "--optimizer", "adam", "--learning-rate", "0.02", "--epochs", "3"]
 OPTIONS += ["--max-batch-size", "512"]
 DEATH_IS_NOTICED = 10  # seconds, at most: --patience

@@ -19,6 +19,14 @@ from adabatch_jax import scale_by_autowu
 RECORDINGS = {path.stem: path for path in Path(__file__).parent.glob("recordings/*.json")}
 DETERMINISTIC = [n for n, p in RECORDINGS.items() if json.loads(p.read_text())["deterministic"]]
 RANDOM = sorted(set(RECORDINGS) - set(DETERMINISTIC))
+SHORT = ("bowl_small_noise", "bowl_linear_warmup", "monotone_never_switches", RANDOM[0])
+
+
+def some(names):
+    """All recordings; those not in `SHORT` are slow, for each compiles a Gaussian process of its own."""
+    return [pytest.param(n, marks=[] if n in SHORT else pytest.mark.slow) for n in names]
+
+
 NAMES = {"cooldown_type": "decay", "warmup_type": "warmup", "warmup_unit": "warmup_unit"}
 
 
@@ -57,7 +65,7 @@ def test_there_are_recordings_of_both_kinds():
     assert len(DETERMINISTIC) == 8 and len(RANDOM) == 3
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("name", some(DETERMINISTIC))
 def test_without_random_draws_every_number_is_theirs(name):
     recording = load(name)
     states = replay(recording, losses_of(recording))
@@ -74,8 +82,8 @@ def test_without_random_draws_every_number_is_theirs(name):
     assert int(states.last_warmup_test.tests_made[-1]) == len(recording["tests"])
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", some(RANDOM))
 def test_with_random_draws_the_decision_is_one_of_theirs(name, seed):
     recording = load(name)
     states = replay(recording, losses_of(recording), seed=seed)

@@ -67,7 +67,9 @@ def test_before_the_first_test_there_is_no_curve():
     assert adabatch.learning_rate.smoothed_losses(link.init({})).losses.size == 0
 
 
+@pytest.mark.slow
 def test_with_more_losses_than_the_dense_smoother_takes():
+    """Slow: a dense Gaussian process on many losses."""
     n = 1500
     losses = np.float32(2.0 + np.cos(np.linspace(0, 5, n)))
     link = adabatch.scale_by_autowu(total_steps=2 * n, steps_per_test=n - 10)

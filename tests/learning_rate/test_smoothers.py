@@ -86,7 +86,7 @@ def test_the_paper_s_posterior_is_the_dense_one():
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("n", [5, 60, 500, 3000])
+@pytest.mark.parametrize("n", [5, 60, 500, pytest.param(3000, marks=pytest.mark.slow)])
 def test_the_posterior_on_all_losses_is_the_dense_one(n):
     x, y = series(n)
     length = n + 7
@@ -192,7 +192,9 @@ def test_a_curve_that_only_rises_has_no_minimum_behind_it():
     assert float(seen.location[0]) < 0.05 and float(seen.probability[0]) == 0.0
 
 
-@pytest.mark.parametrize("progress", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize(
+    "progress", [0.05, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.2, 1.0))]
+)
 def test_early_in_the_warm_up_the_curve_is_stiff(progress):
     """On pure noise, whose likelihood asks for the shortest length scale of all."""
     x, noise = np.arange(60) / 60, np.random.default_rng(4).normal(size=60)
@@ -219,9 +221,13 @@ def test_a_curve_that_was_flat_bends_when_the_losses_do():
     assert float(jnp.exp(state.parameters[0])) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [_rbf, _quasisep], ids=["rbf", "quasisep"])
 def test_they_are_compiled_even_where_jit_is_disabled(module, monkeypatch):
-    """Their loops over the losses would run in Python, for minutes."""
+    """Their loops over the losses would run in Python, for minutes.
+
+    Slow: each compiles a Gaussian process a second time.
+    """
     plain, traced = module._fit, []
 
     def fit(state, x, *rest):
@@ -288,8 +294,12 @@ def test_a_fit_that_is_not_finite_keeps_the_parameters_it_had():
     assert np.isfinite(seen.probability).all()
 
 
+@pytest.mark.slow
 def test_random_subsets_are_uniform_and_complete():
-    """100 of 1000 losses: every loss is as likely as any other; with 100 or fewer, all of them."""
+    """100 of 1000 losses: every loss is as likely as any other; with 100 or fewer, all of them.
+
+    Slow: thousands of draws.
+    """
     chosen = [
         np.asarray(_rbf._choose(k, 1200, jnp.int32(1000), 100)) for k in jax.random.split(KEY, 200)
     ]

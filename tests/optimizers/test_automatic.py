@@ -88,7 +88,9 @@ def test_the_rate_is_autowu_s_times_that_of_the_batch(run):
     np.testing.assert_allclose(columns["learning_rate"][falls], expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_drop_in_finds_about_the_same(run):
+    """Slow: two whole runs with a Gaussian process in their step."""
     optimizer = adabatch.adaptive_multi_steps(make(), micro_batch_size=MICRO)
 
     @jax.jit
@@ -186,7 +188,8 @@ def test_bad_arguments_are_named(direction, options, message):
 
 def test_a_direction_that_cannot_be_tried_works_with_a_rule():
     direction = optax.masked(optax.trace(0.9), {"w": True, "b": False})
-    optimizer = make(direction, scaling=adabatch.linear_scaling())
+    schedule = {"smoother": "as they are"}
+    optimizer = make(direction, scaling=adabatch.linear_scaling(), autowu_options=schedule)
     params = {"w": jnp.zeros(6), "b": jnp.zeros(())}
     value, noise = adabatch.value_and_grad_noise(loss_fn)(
         params, adabatch.split_groups((X[:32], Y[:32]), 8)

@@ -173,7 +173,7 @@ def test_it_is_a_direction_for_automatic():
         total_examples=100_000,
         initial_batch_size=BASE,
         max_batch_size=512,
-        autowu_options={"smoother": "rbf"},
+        autowu_options={"smoother": "as they are"},
     )
     params = jnp.ones(2)
     fields = jnp.ones(2), jnp.float32(1), jnp.int32(BASE), jnp.int32(2)

@@ -14,7 +14,7 @@ from adabatch_jax import (
     metrics,
     random_matrix_scaling,
 )
-from adabatch_jax.learning_rate import _autowu_step
+from adabatch_jax.learning_rate import _autowu, _autowu_step
 from adabatch_jax.training import (
     TrainConfig,
     TrainingError,
@@ -31,6 +31,9 @@ from adabatch_jax.training import (
 from adabatch_jax.training.models import _classifier
 from adabatch_jax.training.record import RowReader
 from adabatch_jax.training.step import CompiledSteps, _compile_ahead
+from tests.learning_rate.losses import as_they_are
+
+QUICK = {"model": "logistic", "epochs": 1, "max_batch_size": 64}  # few rungs, that compile at once
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,9 @@ def automatic(tmp_path_factory):
     return train(config), out
 
 
+@pytest.mark.slow
 def test_an_automatic_run_finds_its_rate_and_then_grows_its_batch(automatic):
+    """Slow: a whole run with a Gaussian process in its step."""
     result, _ = automatic
     columns, warmup = result.columns, result.summary["warmup"]
     assert result.summary["test_accuracy"] >= 0.96
@@ -151,7 +156,9 @@ def test_one_program_holds_the_gaussian_process(digits, monkeypatch, steps_per_c
     assert len(traced) == traces
 
 
+@pytest.mark.slow
 def test_its_picture_and_summary_are_written(automatic):
+    """Slow: the same run."""
     result, out = automatic
     assert json.loads((out / "summary.json").read_text()) == result.summary
     assert (out / "run.png").read_bytes()[:4] == b"\x89PNG"
@@ -240,7 +247,7 @@ def test_a_seed_fixes_the_run(digits):
     runs = []
     for _ in range(2):
         rows = []
-        run_steps(TrainConfig(epochs=1, seed=3), digits, rows.append)
+        run_steps(TrainConfig(**QUICK, seed=3), digits, rows.append)
         runs.append([(r["batch_size"], float(r["loss"])) for r in rows])
     assert runs[0] == runs[1]
 
@@ -250,7 +257,7 @@ def test_a_seed_fixes_the_run(digits):
 )
 def test_every_criterion_drives_a_run(digits, criterion):
     rows = []
-    config = TrainConfig(criterion=criterion, epochs=1, smoothing=0.5, debias=True)
+    config = TrainConfig(**QUICK, criterion=criterion, smoothing=0.5, debias=True)
     run_steps(config, digits, rows.append)
     assert rows[-1]["examples"] == 1437
     tested = [r for r in rows if r["test_status"] in (1, 2)]
@@ -267,13 +274,13 @@ def test_a_healthy_run_gives_jax_debug_nans_nothing_to_stop_at(digits):
 
 def test_without_a_criterion_the_batch_stays(digits):
     rows = []
-    run_steps(TrainConfig(criterion="none", epochs=1), digits, rows.append)
+    run_steps(TrainConfig(model="logistic", criterion="none", epochs=1), digits, rows.append)
     assert [r["batch_size"] for r in rows] == 89 * [16] + [1437 - 89 * 16]
 
 
 def test_a_lag_uses_the_size_decided_that_many_steps_before(digits):
     rows = []
-    run_steps(TrainConfig(epochs=2, lag=2), digits, rows.append)
+    run_steps(TrainConfig(**QUICK | {"epochs": 2}, lag=2), digits, rows.append)
     decided = [r["next_batch_size"] for r in rows]
     used = [r["batch_size"] for r in rows]
     assert used[:3] == [16, 16, 16]
@@ -293,8 +300,12 @@ def spoiled(digits, monkeypatch, examples):
 
 def test_a_run_that_never_learns_stops_and_does_not_blame_the_learning_rate(digits, monkeypatch):
     rows = []
+    config, data = (
+        TrainConfig(model="logistic", epochs=5),
+        spoiled(digits, monkeypatch, slice(None)),
+    )
     with pytest.raises(TrainingError, match=r"10 steps in a row .*not the learning rate"):
-        run_steps(TrainConfig(epochs=5), spoiled(digits, monkeypatch, slice(None)), rows.append)
+        run_steps(config, data, rows.append)
     assert len(rows) == 10
     assert all(r["batch_size"] == 16 for r in rows)
 
@@ -339,7 +350,7 @@ def test_one_bad_example_costs_its_batch_and_nothing_else(digits, monkeypatch):
     assert metrics(done.opt_state)["num_examples"] == 1437
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 50])
+@pytest.mark.parametrize("steps_per_call", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_what_is_made_for_a_step_does_not_grow_with_a_size_out_of_reach(
     digits, monkeypatch, steps_per_call
 ):
@@ -362,8 +373,9 @@ def test_what_is_made_for_a_step_does_not_grow_with_a_size_out_of_reach(
     assert 1437 <= max(sizes) <= 2 * 1437
 
 
-def test_a_step_back_is_made_whatever_the_loss_is(digits):
+def test_a_step_back_is_made_whatever_the_loss_is(digits, monkeypatch):
     """The loss is NaN from one step on, which is skipped; at the next AutoWU's snapshot is restored."""
+    monkeypatch.setitem(_autowu.SMOOTHERS, "quasisep", as_they_are)
     model = build_model("logistic", 10)
     inputs, labels = (jnp.asarray(v[:64]) for v in (digits.train_inputs, digits.train_labels))
     params = model.init(jax.random.key(0), inputs[:1])["params"]

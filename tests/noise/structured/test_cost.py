@@ -33,6 +33,8 @@ CASES = {
 }
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("case", CASES)
 def test_exact_noise_takes_the_multiplications_of_a_plain_step(case):
     net, size, shape, flops, memory = CASES[case]

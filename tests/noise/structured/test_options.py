@@ -44,7 +44,9 @@ def assert_equal(found, expected, rtol=1e-5):
     )
 
 
-@pytest.mark.parametrize("chunk", [None, 3, 1])
+@pytest.mark.parametrize(
+    "chunk", [3, *(pytest.param(c, marks=pytest.mark.slow) for c in (None, 1))]
+)
 def test_counts_sizes_and_chunks_are_those_of_the_loop(params, groups, chunk):
     """What does not count is NaN here."""
     options = {"has_aux": True, "sum_aux": {"double": False, "large": (True, False)}, **ALL}

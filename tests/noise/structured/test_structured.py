@@ -194,7 +194,12 @@ def as_users_have_it():
         yield
 
 
-@pytest.mark.parametrize("case", CASES)
+LARGE = ("convolutions", "transformer", "odd", "left", "nnx")  # slow: programs of many operations
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in LARGE else []) for c in CASES]
+)
 def test_all_statistics_are_those_of_single_examples(case):
     loss, params, batch = CASES[case]()
     structured = partial(value_and_grad_structured, loss)

@@ -140,7 +140,9 @@ def test_the_numbers_are_those_of_lanczos_spectrum(found, digits, oracle):
         np.testing.assert_allclose(seen[-5:], direct.eigenvalues[0, -5:], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_batches_are_those_of_a_dense_computation(summary, oracle):
+    """Slow: a dense matrix for each of many batches."""
     for row in summary["batches"]:
         drawn = oracle.drawn[row["batch_size"]]
         ends = np.array([np.linalg.eigvalsh(oracle.hessian(i))[[0, -1]] for i in drawn])
