@@ -37,7 +37,7 @@ class TrainConfig:
 
     dataset: DatasetName = "digits"
     """Data set: digits is embedded, mnist and fashion-mnist are found in the usual places or downloaded,
-    text are the bytes of --data-file."""
+    text is the bytes of --data-file."""
     model: ModelName = "mlp"
     """Model: mlp has 256 hidden units, resnet three blocks with group normalisation; for text, transformer
     has two blocks and windows of 64 bytes."""

@@ -9,7 +9,7 @@ device. `make_evaluation` measures loss and accuracy.
 from adabatch_jax.training.step._compile_ahead import CompiledSteps
 from adabatch_jax.training.step._device_loop import (
     LoopPlace,
-    LoopState,
+    LoopResult,
     loop_place,
     make_device_loop,
 )
@@ -23,7 +23,7 @@ from adabatch_jax.training.step._step import (
 __all__ = [
     "CompiledSteps",
     "LoopPlace",
-    "LoopState",
+    "LoopResult",
     "loop_place",
     "make_device_loop",
     "make_evaluation",

@@ -30,7 +30,7 @@ class LoopPlace(NamedTuple):
     decided: Any  # [lag + 1]: batch sizes of the next steps, the next one first
 
 
-class LoopState(NamedTuple):
+class LoopResult(NamedTuple):
     """What the loop carries from step to step, and what a call leaves behind."""
 
     params: PyTree
@@ -67,7 +67,7 @@ def make_device_loop(
     sizes: tuple[int, int],
     num_examples: int,
     steps_per_call: int,
-) -> Callable[..., LoopState]:
+) -> Callable[..., LoopResult]:
     """Builds the loop for one rung.
 
     Args:
@@ -79,7 +79,7 @@ def make_device_loop(
       steps_per_call: room for the numbers of so many steps.
 
     Returns:
-      `loop(params, opt_state, data, order, place) -> LoopState`; `order` int32: the examples of the epoch
+      `loop(params, opt_state, data, order, place) -> LoopResult`; `order` int32: the examples of the epoch
       in which the call begins, and of as many more as its batches may touch. It makes at least one step
       if `place` has examples and steps left and a batch size of this rung.
     """
@@ -100,7 +100,7 @@ def make_device_loop(
 
     def loop(
         params: PyTree, opt_state: PyTree, data: PyTree, order: jax.Array, place: LoopPlace
-    ) -> LoopState:
+    ) -> LoopResult:
         def one(params: PyTree, opt_state: PyTree, place: LoopPlace) -> Any:
             length, indices, group_sizes, loops = batch(order, place)
             params, opt_state, report = step(params, opt_state, data, indices, group_sizes, loops)
@@ -109,20 +109,20 @@ def make_device_loop(
             after = LoopPlace(place.offset + length, place.left - length, place.steps - 1, decided)
             return params, opt_state, after, row
 
-        def more(so_far: LoopState) -> jax.Array:
+        def more(so_far: LoopResult) -> jax.Array:
             place = so_far.place
             size = place.decided[0]
             inside = (place.offset < num_examples) & (size >= low) & (size < high)
             return inside & (place.left > 0) & (place.steps > 0)
 
-        def advance(so_far: LoopState) -> LoopState:
+        def advance(so_far: LoopResult) -> LoopResult:
             params, opt_state, place, row = one(so_far.params, so_far.opt_state, so_far.place)
             rows = jax.tree.map(lambda kept, x: kept.at[so_far.made].set(x), so_far.rows, row)
-            return LoopState(params, opt_state, place, so_far.made + 1, rows)
+            return LoopResult(params, opt_state, place, so_far.made + 1, rows)
 
         shapes = jax.eval_shape(one, params, opt_state, place)[-1]
         rows = jax.tree.map(lambda s: jnp.zeros((steps_per_call, *s.shape), s.dtype), shapes)
-        begin = LoopState(params, opt_state, place, jnp.zeros((), jnp.int32), rows)
+        begin = LoopResult(params, opt_state, place, jnp.zeros((), jnp.int32), rows)
         return jax.lax.while_loop(more, advance, begin)
 
     return loop
