@@ -51,7 +51,7 @@ def _smoother_for_tests():
 @pytest.fixture(scope="module")
 def optimized():
     """Programs as users get them: for tests of what they cost."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -30,7 +30,10 @@ def additions(number, optimizer):
     return len(re.findall(r" add\(", compiled.as_text()))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_the_program_is_linear_in_the_number_of_parameter_arrays():
+    """Slow: three programs of up to 400 arrays, with all optimizations."""
     few, more, many = (additions(n, wrap(optax.sgd(1e-3))) for n in (50, 200, 400))
     assert abs((many - more) / 200 - (more - few) / 150) < 1  # as many for every further array
     assert many < 15 * 400

@@ -57,6 +57,7 @@ def test_what_is_no_array_and_keys_go_through_as_they_are():
     assert state.tolist() == [0, 3]
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("held", [False, True])
 def test_nothing_is_computed_before_it_is_wanted(held):
     """The check can fail: without `unmoved` XLA takes the sines first, in every call."""

@@ -101,6 +101,7 @@ def test_one_compilation_serves_every_count_and_what_is_left_out_may_be_nan():
     assert product._cache_size() == 1
 
 
+@pytest.mark.usefixtures("optimized")
 def test_memory_does_not_grow_with_the_number_of_micro_batches():
     def temporary(num):
         x, y = jnp.zeros((num, 256, 5)), jnp.zeros((num, 256), jnp.int32)

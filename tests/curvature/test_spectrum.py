@@ -251,6 +251,7 @@ def test_bad_arguments_of_the_top_eigenvector_are_named():
         adabatch.curvature.top_eigenvector(3, jnp.ones(3), KEY, num_steps=3)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_basis_is_not_copied():
     """Memory of a run is that of its vectors: copies of the basis would double or quadruple it."""
 

@@ -54,6 +54,7 @@ def test_measured_or_not_value_and_gradient_are_the_same(params, groups, options
         assert np.all(np.isnan(noise.variance(statistic)))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_what_is_known_while_compiling_leaves_no_choice_in_the_program(params, groups):
     def program(measure):
         fn = adabatch.value_and_grad_noise(loss_fn)

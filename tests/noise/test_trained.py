@@ -79,6 +79,7 @@ def test_the_noise_is_that_of_the_trained_part(params, batch, form):
         )
 
 
+@pytest.mark.usefixtures("optimized")
 def test_nothing_is_computed_for_what_is_frozen(params, batch):
     params = {**params, "step": jnp.float32(2.0)}
     groups = split_groups(batch, 4)

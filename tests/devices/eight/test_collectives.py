@@ -25,6 +25,7 @@ from tests.devices.eight.problem import (
     whole,
 )
 
+pytestmark = pytest.mark.usefixtures("optimized")
 COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|"
     r"collective-broadcast|ragged-all-to-all)(?:-start)?\("
