@@ -18,6 +18,7 @@ from adabatch_jax import (
     split_groups,
     value_and_grad_noise,
 )
+from tests.marks import slow
 
 NOISE_SCALE, DIMENSION, GROUPS, STEPS, SEEDS = 400.0, 100, 8, 400, 20
 
@@ -123,13 +124,13 @@ def batch_sizes(eta, monotone):
     return np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), SEEDS)))
 
 
-@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("eta", [1.0, *slow(0.5)])
 def test_at_fixed_parameters_the_batch_settles_at_the_noise_scale(eta):
     settled = batch_sizes(eta, monotone=False)[:, STEPS // 2 :].mean(1)
     np.testing.assert_allclose(settled, NOISE_SCALE / eta**2, rtol=0.2)  # each of the seeds
 
 
-@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("eta", [1.0, *slow(0.5)])
 def test_the_monotone_form_overshoots(eta, record_property):
     target = NOISE_SCALE / eta**2
     settled = {m: batch_sizes(eta, monotone=m)[:, STEPS // 2 :].mean(1) for m in (False, True)}

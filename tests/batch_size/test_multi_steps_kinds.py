@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
+from tests.marks import slow
 
 
 def wrap(direction, micro_batch_size=2, **options):
@@ -88,7 +89,9 @@ def test_the_noise_of_complex_parameters_is_that_of_their_two_parts():
 MIXED = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2)}
 
 
-@pytest.mark.parametrize("name", ["prodigy", "dadapt_adamw", "dog", "momo", "schedule_free_adamw"])
+@pytest.mark.parametrize(
+    "name", ["dog", *slow("prodigy", "dadapt_adamw", "momo", "schedule_free_adamw")]
+)
 def test_mixed_dtypes_keep_the_types_of_the_inner_state(name):
     """As in `optax.MultiSteps`, with the same parameters; these make states of other types step by step."""
     factory = getattr(optax.contrib, name)

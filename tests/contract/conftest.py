@@ -189,12 +189,21 @@ TABLE = [
         "scale_by_autowu",
         adabatch.scale_by_autowu,
         (),
+        {"total_steps": 20, "steps_per_test": 1, "patience": 2, "smoother": "as they are"},
+        ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor", "peak_factor"),
+        value_of,
+    ),
+    Row(
+        "scale_by_autowu with the paper's Gaussian process",
+        adabatch.scale_by_autowu,
+        (),
         {"total_steps": 20, "steps_per_test": 1, "patience": 2},
         ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor", "peak_factor"),
         value_of,
         cheaper={"warmup_over": True},
         by_hand=1,  # the second makes a Gaussian process test
         rtol=1e-3,
+        variant=True,
     ),
     Row(
         "scale_by_autowu by examples",
@@ -379,7 +388,8 @@ COMPILES_ONCE_MORE = {
     *("test_jit_changes_no_number", "test_vmap_equals_a_loop", "test_scan_equals_a_loop"),
     *("test_in_a_chain", "test_under_inject_hyperparams", "test_under_masked", "test_modes"),
     *("test_unusual_parameters", "test_narrow_floats_follow_float32"),
-    "test_complex_parameters_are_exact_or_refused",
+    *("test_complex_parameters_are_exact_or_refused", "test_the_state_can_be_donated"),
+    "test_the_state_keeps_its_form",
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import adabatch_jax as adabatch
+from tests.marks import slow
 
 MICRO = 4
 WEIGHTS = np.random.default_rng(7).normal(size=5).astype(np.float32)
@@ -75,7 +76,9 @@ DIRECTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", DIRECTIONS)
+@pytest.mark.parametrize(
+    "name", ["adam", "partition", *slow("clipped sgd", "apply_if_finite", "schedule_free", "muon")]
+)
 def test_with_a_batch_that_cannot_grow_it_is_multi_steps(name):
     data = batches(48)
     inner = optax.chain(controller(first=8, largest=8), DIRECTIONS[name]())
@@ -90,7 +93,9 @@ def test_with_a_batch_that_cannot_grow_it_is_multi_steps(name):
     chex.assert_trees_all_close(params, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", DIRECTIONS)
+@pytest.mark.parametrize(
+    "name", ["apply_if_finite", "muon", *slow("adam", "clipped sgd", "partition", "schedule_free")]
+)
 def test_the_batch_grows_around_any_direction_in_one_trace(name):
     inner = optax.chain(controller(), DIRECTIONS[name]())
     optimizer = adabatch.adaptive_multi_steps(inner, micro_batch_size=MICRO)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import adabatch_jax as adabatch
+from tests.marks import slow
 
 KEY = jax.random.key(0)
 P = 40
@@ -26,7 +27,7 @@ def grouped(a, size):
     return a.reshape(-1, size, *a.shape[1:])
 
 
-@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize("size", [4, *slow(1, 16)])
 @pytest.mark.parametrize("probe", ["ritz", "random"])
 def test_noise_without_a_direction_is_found_by_both_probes(probe, size):
     groups = grouped(matrices(1024, 2.0), size)

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import adabatch_jax as adabatch
+from tests.marks import slow
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (24, 5))
@@ -67,7 +68,7 @@ def test_the_gauss_newton_matrix_is_the_dense_one_and_has_no_negative_eigenvalue
     assert np.linalg.eigvalsh(got)[0] > -1e-6
 
 
-@pytest.mark.parametrize("count", [1, 3, 6])
+@pytest.mark.parametrize("count", [3, *slow(1, 6)])
 def test_micro_batches_add_up_to_the_examples_that_are_counted(count):
     x, y = split((X, Y), 6)
     used = 4 * count

@@ -103,9 +103,11 @@ def test_apply_if_finite_around_it_loses_one_micro_batch(trained, controller, ar
     assert gathered == MICRO * (len(last.sizes) - 1)
 
 
+@pytest.mark.slow
 def test_schedule_free_is_evaluated_at_its_average(
     trained, controller, around, digits, loss_fn, first_params
 ):
+    """Slow: two runs of an optimizer that compiles long."""
     inner = optax.contrib.schedule_free(optax.adam(0.03, b1=0.0), learning_rate=0.03, b1=0.9)
     params, state = trained(around(optax.chain(controller(), inner))).carry
     average = optax.contrib.schedule_free_eval_params(state.inner_opt_state[1], params)
@@ -115,8 +117,12 @@ def test_schedule_free_is_evaluated_at_its_average(
     )
 
 
+@pytest.mark.slow
 def test_muon_takes_whole_batches_to_orthogonal_steps(trained, controller, around, first_params):
-    """Zero on every other micro-batch; else a matrix moves as far along each of its directions."""
+    """Zero on every other micro-batch; else a matrix moves as far along each of its directions.
+
+    Slow: two runs of Muon, which compiles long.
+    """
     optimizer = around(optax.chain(controller(), optax.contrib.muon(0.03)))
     matrices = [first_params["hidden"]["w"]]
 

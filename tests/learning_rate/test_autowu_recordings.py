@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from adabatch_jax import scale_by_autowu
+from tests.marks import slow
 
 RECORDINGS = {path.stem: path for path in Path(__file__).parent.glob("recordings/*.json")}
 DETERMINISTIC = [n for n, p in RECORDINGS.items() if json.loads(p.read_text())["deterministic"]]
@@ -82,7 +83,7 @@ def test_without_random_draws_every_number_is_theirs(name):
     assert int(states.last_warmup_test.tests_made[-1]) == len(recording["tests"])
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [0, *slow(1)])
 @pytest.mark.parametrize("name", some(RANDOM))
 def test_with_random_draws_the_decision_is_one_of_theirs(name, seed):
     recording = load(name)

@@ -17,6 +17,7 @@ from adabatch_jax.learning_rate import (
     scaled_eps,
     scaled_weight_decay,
 )
+from tests.marks import slow
 
 BASE = 64
 SIZES = [16, 64, 100, 256, 4096]
@@ -141,7 +142,7 @@ def test_weights_shrink_at_the_same_pace_per_example(scaling, place):
     np.testing.assert_allclose(1 - np.array(left), 1 - np.exp(-1e-3 * 0.1 * 64), rtol=1e-3)
 
 
-@pytest.mark.parametrize("largest", [8, 1024])
+@pytest.mark.parametrize("largest", [1024, *slow(8)])
 def test_an_average_moves_at_the_same_pace_per_example(largest):
     """The recipe of `scaled_average`, in a loop with `adaptive_multi_steps`."""
     rule, base = scaled_average(0.9), 64

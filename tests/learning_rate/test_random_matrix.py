@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
+from tests.marks import slow
 
 DIM, EXAMPLES, GROUPS = 12, 512, 64
 EVERY = {"base_batch_size": 32, "refresh_every": 3, "num_steps": DIM}
@@ -62,7 +63,7 @@ def step_of(link, **always):
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-@pytest.mark.parametrize("dataset_size", [None, 4096])
+@pytest.mark.parametrize("dataset_size", [4096, *slow(None)])
 def test_the_factor_is_the_rule_at_the_measured_transition(
     groups, by_numpy, matrices, adaptive, dataset_size
 ):
@@ -112,7 +113,7 @@ def test_an_interval_in_examples(groups):
     assert counts == [1, 1, 1, 2, 2, 3]  # 120 examples, then 100
 
 
-@pytest.mark.parametrize("scale", [np.nan, np.inf, -1.0])
+@pytest.mark.parametrize("scale", [np.nan, *slow(np.inf, -1.0)])
 def test_curvature_that_is_not_finite_or_not_positive_changes_nothing(groups, scale):
     link = adabatch.scale_by_random_matrix(adaptive=True, **EVERY)
     step, state = step_of(link), link.init(jnp.ones(DIM))

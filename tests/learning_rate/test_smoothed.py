@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import adabatch_jax as adabatch
+from tests.marks import slow
 
 T = 60
 BOWL = np.float32(np.where(np.arange(T) < 14, 3.0 - 0.15 * np.arange(T), 0.1 * np.arange(T) - 0.5))
@@ -23,7 +24,7 @@ def state_after(link, losses, **extra_args):
     return jax.jit(lambda s, x: jax.lax.scan(step, s, x)[0])(link.init({}), given)
 
 
-@pytest.fixture(scope="module", params=["rbf", "quasisep"])
+@pytest.fixture(scope="module", params=["rbf", *slow("quasisep")])
 def state(request):
     link = adabatch.scale_by_autowu(
         total_steps=T, steps_per_test=4, patience=2, smoother=request.param

@@ -12,6 +12,7 @@ from adabatch_jax.learning_rate import _posterior_test, _quasisep, _rbf
 from adabatch_jax.learning_rate._posterior_test import Posterior, draw, probability_past_minimum
 from adabatch_jax.learning_rate._quasisep import QuasisepFit, quasisep_smoother
 from adabatch_jax.learning_rate._rbf import RbfFit, rbf_smoother
+from tests.marks import slow
 
 GRID = np.linspace(0.0, 1.0, 500)
 KEY = jax.random.PRNGKey(0)
@@ -86,7 +87,7 @@ def test_the_paper_s_posterior_is_the_dense_one():
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("n", [5, 60, 500, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [5, 500, *slow(60, 3000)])
 def test_the_posterior_on_all_losses_is_the_dense_one(n):
     x, y = series(n)
     length = n + 7
@@ -129,8 +130,12 @@ def test_the_paper_s_fit_is_adam_on_the_dense_likelihood():
     np.testing.assert_allclose(state.parameters, expected, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_fit_on_all_losses_is_adam_on_the_dense_likelihood():
-    """Two tests in a row: the second goes on where the first has stopped."""
+    """Two tests in a row: the second goes on where the first has stopped.
+
+    Slow: a dense likelihood and its derivative, by hand.
+    """
     x, y = series(300)
     smoother, state = quasisep_smoother(), quasisep_smoother().init()
     for _ in range(2):
@@ -192,9 +197,7 @@ def test_a_curve_that_only_rises_has_no_minimum_behind_it():
     assert float(seen.location[0]) < 0.05 and float(seen.probability[0]) == 0.0
 
 
-@pytest.mark.parametrize(
-    "progress", [0.05, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.2, 1.0))]
-)
+@pytest.mark.parametrize("progress", [0.05, *slow(0.2, 1.0)])
 def test_early_in_the_warm_up_the_curve_is_stiff(progress):
     """On pure noise, whose likelihood asks for the shortest length scale of all."""
     x, noise = np.arange(60) / 60, np.random.default_rng(4).normal(size=60)

@@ -42,11 +42,12 @@ from adabatch_jax.training import (
     resolve,
     run_steps,
 )
+from tests.marks import slow
 
 CLASSES, FEATURES, GROUPS, SIZE = 3, 4, 8, 4
 DIRECTIONS = [  # that of the default run; the others are compiled with the slow tests
     "adadagrad",
-    *(pytest.param(x, marks=pytest.mark.slow) for x in ("adadagrad-norm", "adam", "adamp", "lamb")),
+    *slow("adadagrad-norm", "adam", "adamp", "lamb"),
 ]
 
 

@@ -32,6 +32,7 @@ from adabatch_jax.training.models import _classifier
 from adabatch_jax.training.record import RowReader
 from adabatch_jax.training.step import CompiledSteps, _compile_ahead
 from tests.learning_rate.losses import as_they_are
+from tests.marks import slow
 
 QUICK = {"model": "logistic", "epochs": 1, "max_batch_size": 64}  # few rungs, that compile at once
 
@@ -181,7 +182,7 @@ def test_a_schedule_that_finds_its_rate_drives_a_run(digits, schedule):
 CURVATURE = {"model": "logistic", "epochs": 2, "max_batch_size": 64, "curvature_examples": 67}
 
 
-@pytest.mark.parametrize("schedule", ["cosine", pytest.param("constant", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("schedule", ["cosine", *slow("constant")])
 def test_the_learner_drives_a_run(digits, tmp_path, schedule):
     """Its rate is that of gradient descent on the curvature, times the schedule."""
     config = TrainConfig(
@@ -350,7 +351,7 @@ def test_one_bad_example_costs_its_batch_and_nothing_else(digits, monkeypatch):
     assert metrics(done.opt_state)["num_examples"] == 1437
 
 
-@pytest.mark.parametrize("steps_per_call", [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps_per_call", [1, *slow(50)])
 def test_what_is_made_for_a_step_does_not_grow_with_a_size_out_of_reach(
     digits, monkeypatch, steps_per_call
 ):

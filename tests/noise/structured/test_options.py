@@ -8,6 +8,7 @@ import pytest
 from adabatch_jax import split_groups, value_and_grad_noise
 from adabatch_jax.noise._structured._estimate import below_resolution, value_and_grad_structured
 from adabatch_jax.noise._structured._explain import explain_noise
+from tests.marks import slow
 
 N = 7
 ALL = {"coordinate_wise": True, "inner_products": True}
@@ -44,9 +45,7 @@ def assert_equal(found, expected, rtol=1e-5):
     )
 
 
-@pytest.mark.parametrize(
-    "chunk", [3, *(pytest.param(c, marks=pytest.mark.slow) for c in (None, 1))]
-)
+@pytest.mark.parametrize("chunk", [3, *slow(None, 1)])
 def test_counts_sizes_and_chunks_are_those_of_the_loop(params, groups, chunk):
     """What does not count is NaN here."""
     options = {"has_aux": True, "sum_aux": {"double": False, "large": (True, False)}, **ALL}

@@ -20,6 +20,7 @@ from adabatch_jax.training import (
 )
 from adabatch_jax.training.checkpoint import _run_checkpoints
 from adabatch_jax.training.record import _rows
+from tests.marks import slow
 
 EVERY = 10
 OPTIONS = dict(model="logistic", optimizer="adam", epochs=2, checkpoint_every=EVERY, lag=1)
@@ -83,9 +84,7 @@ def test_a_run_that_has_ended_ends_again(whole, copied):
     assert rows(copied) == rows(whole[0])
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, *slow(signal.SIGINT)])
 def test_a_signal_saves_between_two_steps(number, whole, tmp_path, monkeypatch):
     read = _rows.RowReader.__call__
 
@@ -184,10 +183,7 @@ def _damages(state: Path, newest: int):
     "kind",
     [
         *("flipped", "no description"),  # of the arrays, and of what is said about them
-        *(
-            pytest.param(kind, marks=pytest.mark.slow)
-            for kind in ("cut", "gone", "half a description", "another number")
-        ),
+        *slow("cut", "gone", "half a description", "another number"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(kind, whole, copied, capfd):

@@ -1,0 +1,11 @@
+"""Values of a parametrized test that only the slow tests take."""
+
+from typing import Any
+
+import pytest
+
+
+def slow(*values: Any) -> list[Any]:
+    """The values, each with the marker: `[quick, *slow(others)]`. A tuple has one for each name."""
+    given = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*value, marks=pytest.mark.slow) for value in given]
