@@ -30,12 +30,12 @@ def batch_sizes(
     where: str,
     base_batch_size: ArrayLike,
     noise: GradientNoise | None,
-    batch_size: ArrayLike | None,
+    num_examples: ArrayLike | None,
 ) -> tuple[jax.Array, jax.Array]:
     """What a rule is given: the batch behind the gradient, at least 1, and the base; float32.
 
     A batch size that is not finite says nothing, and counts as the base.
     """
-    size = examples_behind(f"{where} needs the batch size", noise, "batch_size", batch_size)
+    size = examples_behind(f"{where} needs the batch size", noise, "num_examples", num_examples)
     size, base = (jnp.asarray(x).astype(jnp.float32) for x in (size, base_batch_size))
     return jnp.where(jnp.isfinite(size), jnp.maximum(size, 1.0), base), base

@@ -36,14 +36,14 @@ def follow_batch_size(rule: ScalingRule, *, base_batch_size: ArrayLike) -> _Foll
 
     Raises:
       ValueError: `base_batch_size` is not positive; `rule` is not callable; at trace time, neither
-        `noise=` nor `batch_size=`, or use as a plain schedule without `optax.inject_hyperparams`.
+        `noise=` nor `num_examples=`, or use as a plain schedule without `optax.inject_hyperparams`.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> decay = follow_batch_size(scaled_weight_decay(0.25), base_batch_size=64)
       >>> link = optax.inject_hyperparams(optax.add_decayed_weights)(weight_decay=decay)
       >>> params = jnp.array(2.0)
-      >>> updates, state = link.update(jnp.array(0.0), link.init(params), params, batch_size=256)
+      >>> updates, state = link.update(jnp.array(0.0), link.init(params), params, num_examples=256)
       >>> float(state.hyperparams["weight_decay"]), float(updates)
       (1.0, 2.0)
 
@@ -70,7 +70,7 @@ class _FollowBatchSize:
         state: optax.EmptyState,
         *,
         noise: GradientNoise | None = None,
-        batch_size: ArrayLike | None = None,
+        num_examples: ArrayLike | None = None,
         base_batch_size: ArrayLike | None = None,
         **extra_args: Any,
     ) -> jax.Array:
@@ -81,9 +81,9 @@ class _FollowBatchSize:
                 "in optax.inject_hyperparams(optax.add_decayed_weights)(weight_decay=...)"
             )
         base = self.base_batch_size if base_batch_size is None else base_batch_size
-        if noise is None and batch_size is None:  # Optax asks for a value before the first step
-            batch_size = base
-        sizes = batch_sizes("follow_batch_size", base, noise, batch_size)
+        if noise is None and num_examples is None:  # Optax asks for a value before the first step
+            num_examples = base
+        sizes = batch_sizes("follow_batch_size", base, noise, num_examples)
         return jnp.asarray(self.rule(*sizes)).astype(jnp.float32)
 
     def update(
@@ -91,12 +91,12 @@ class _FollowBatchSize:
         state: optax.EmptyState,
         *,
         noise: GradientNoise | None = None,
-        batch_size: ArrayLike | None = None,
+        num_examples: ArrayLike | None = None,
         **extra_args: Any,
     ) -> optax.EmptyState:
         """Checks the arguments: Optax calls this in every step, and at init never."""
         del extra_args
-        batch_sizes("follow_batch_size", self.base_batch_size, noise, batch_size)
+        batch_sizes("follow_batch_size", self.base_batch_size, noise, num_examples)
         return state
 
 
@@ -192,7 +192,7 @@ def scaled_weight_decay(weight_decay: ArrayLike, scaling: ScalingRule | None = N
       >>> params, zero = jnp.array(1.0), jnp.array(0.0)
       >>> for links in [(decay(sqrt_scaling()), scale), (scale, decay())]:
       ...     chain = optax.chain(*links)
-      ...     taken, _ = chain.update(zero, chain.init(params), params, batch_size=256)
+      ...     taken, _ = chain.update(zero, chain.init(params), params, num_examples=256)
       ...     print(round(float(taken), 4))  # 4 · 0.1, for four times as many examples
       0.4
       0.4

@@ -32,8 +32,8 @@ def scale_by_lanczos(
     num_steps: int = 10,
     max_momentum: Any = 0.9,
     safety: Any = 0.3,
-    smoothing: Any = 0.5,
-    hessian_noise: Any = None,
+    ema_decay: Any = 0.5,
+    nu_squared: Any = None,
     curvature_batch_size: Any = None,
     axis_name: AxisName = None,
     seed: int = 0,
@@ -68,25 +68,25 @@ def scale_by_lanczos(
     Args:
       variant: one of the above; static.
       refresh_every: steps or examples between two refreshes, ≥ 1; static.
-      refresh_unit: "step", or "example": counts `noise.num_examples` or `batch_size=`; static.
+      refresh_unit: "step", or "example": counts `noise.num_examples` or `num_examples=`; static.
       num_steps: products with the Hessian in a refresh; static.
       max_momentum: in [0, 1).
       safety: share of the largest stable learning rate, in (0, 1].
-      smoothing: weight of the past at a refresh, in [0, 1).
-      hessian_noise: ν² of one example, as `adabatch.curvature.hessian_noise` measures it. Then the bound is
+      ema_decay: weight of the past at a refresh, in [0, 1).
+      nu_squared: ν² of one example, as `adabatch.curvature.hessian_noise` measures it. Then the bound is
         that of a batch of the size behind the present gradient: L is brought from the curvature batch
         to all data, and the noise counts as in `max_stable_learning_rate`. None: L as it is measured.
-      curvature_batch_size: examples behind `value_fn`, with `hessian_noise`.
+      curvature_batch_size: examples behind `value_fn`, with `nu_squared`.
       axis_name: device axes over which `value_fn` is averaged.
       seed: of the start vectors; static.
       flip_sign: multiply by −α, as `optax.scale_by_learning_rate` does; static.
 
     Returns:
       A `GradientTransformationExtraArgs`, the last link of a chain. Under `optax.inject_hyperparams`
-      all but max_momentum, safety, smoothing, hessian_noise and curvature_batch_size are static_args.
+      all but max_momentum, safety, ema_decay, nu_squared and curvature_batch_size are static_args.
 
     Raises:
-      ValueError: an argument out of range; only one of `hessian_noise` and `curvature_batch_size`; in
+      ValueError: an argument out of range; only one of `nu_squared` and `curvature_batch_size`; in
         `init`, a parameter that is no array of real floating-point numbers; at trace time, a missing
         `params`, `value_fn=`, or batch size where one is needed.
 
@@ -107,21 +107,21 @@ def scale_by_lanczos(
     _validate.one_of(where, VARIANTS, variant=variant)
     refresh = Refresh.checked(where, refresh_every, refresh_unit)
     _validate.positive_int(where, num_steps=num_steps)
-    _validate.between(where, 0.0, 1.0, max_momentum=max_momentum, smoothing=smoothing)
+    _validate.between(where, 0.0, 1.0, max_momentum=max_momentum, ema_decay=ema_decay)
     _validate.positive(where, safety=safety)
     _validate.between(where, 0.0, 1.0, closed=True, safety=safety)
-    if (hessian_noise is None) != (curvature_batch_size is None):
-        raise ValueError(f"{where}: hessian_noise and curvature_batch_size belong together")
-    if hessian_noise is not None:
-        _validate.between(where, 0.0, float("inf"), hessian_noise=hessian_noise)
+    if (nu_squared is None) != (curvature_batch_size is None):
+        raise ValueError(f"{where}: nu_squared and curvature_batch_size belong together")
+    if nu_squared is not None:
+        _validate.between(where, 0.0, float("inf"), nu_squared=nu_squared)
         _validate.positive(where, curvature_batch_size=curvature_batch_size)
     rules = LanczosRules(
         variant=variant,
         num_steps=num_steps,
         max_momentum=max_momentum,
         safety=safety,
-        smoothing=smoothing,
-        hessian_noise=hessian_noise,
+        ema_decay=ema_decay,
+        nu_squared=nu_squared,
         curvature_batch_size=curvature_batch_size,
         axis_name=axis_name,
     )
@@ -156,7 +156,7 @@ def scale_by_lanczos(
         *,
         value_fn: Callable[[PyTree], jax.Array] | None = None,
         noise: GradientNoise | None = None,
-        batch_size: Any = None,
+        num_examples: Any = None,
         emit: Any = True,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByLanczosState]:
@@ -167,10 +167,10 @@ def scale_by_lanczos(
                 "params, value_fn=value_fn) with value_fn(params) the loss on a curvature batch"
             )
         size, sharpness = None, {}
-        if refresh.by_examples or hessian_noise is not None:
-            size = batch_sizes(where, 1.0, noise, batch_size)[0]
-            if hessian_noise is not None:
-                sharpness = {"noise": hessian_noise, "batch_size": size}
+        if refresh.by_examples or nu_squared is not None:
+            size = batch_sizes(where, 1.0, noise, num_examples)[0]
+            if nu_squared is not None:
+                sharpness = {"noise": nu_squared, "batch_size": size}
         due = refresh.due(state.since_refresh, state.refreshes > 0, emit)
         if jax.tree.leaves(params):
             # Without the trace: what passes through a cond inside a scan is copied at every step.

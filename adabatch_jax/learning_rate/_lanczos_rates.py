@@ -34,8 +34,8 @@ class LanczosRules:
     num_steps: int
     max_momentum: Any
     safety: Any
-    smoothing: Any
-    hessian_noise: Any
+    ema_decay: Any
+    nu_squared: Any
     curvature_batch_size: Any
     axis_name: AxisName
 
@@ -92,13 +92,13 @@ def refreshed(
     scale, floor, residual, median = _landmarks(found)
     if rules.variant != "nesterov_authors":
         floor = jnp.where(residual <= _KNOWN * floor, floor, 0.0)
-    if rules.hessian_noise is not None:
-        full = full_hessian_extremes(scale, -scale, rules.hessian_noise, rules.curvature_batch_size)
+    if rules.nu_squared is not None:
+        full = full_hessian_extremes(scale, -scale, rules.nu_squared, rules.curvature_batch_size)
         floor, median = jnp.minimum(floor, full.largest), jnp.minimum(median, full.largest)
         scale = full.largest
     usable = jnp.isfinite(scale + floor + median) & (largest > 0) & (scale > 0)
     convex = smallest >= -_ROUNDING * scale
-    old = jnp.where(state.refreshes == 0, 0.0, jnp.asarray(rules.smoothing, jnp.float32))
+    old = jnp.where(state.refreshes == 0, 0.0, jnp.asarray(rules.ema_decay, jnp.float32))
 
     def mean(before: jax.Array, now: jax.Array) -> jax.Array:
         safe = jnp.where(before > 0, before, now)

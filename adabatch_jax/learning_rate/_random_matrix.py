@@ -60,7 +60,7 @@ def scale_by_random_matrix(
     momentum: Any = 0.0,
     refresh_unit: str = "step",
     num_steps: int = 10,
-    smoothing: Any = 0.5,
+    ema_decay: Any = 0.5,
     dataset_size: Any = None,
     axis_name: AxisName = None,
     seed: int = 0,
@@ -75,7 +75,7 @@ def scale_by_random_matrix(
     λ₁ is not positive, is counted and changes nothing. Until the first usable one the factor is
     min(1, b/b₀), or its root, and every step tries again.
 
-    `update` needs `params`, and reads `noise=` or `batch_size=` for b, `loss_fn=`, (params, group) →
+    `update` needs `params`, and reads `noise=` or `num_examples=` for b, `loss_fn=`, (params, group) →
     mean loss, and `groups=`, leaves [num_groups ≥ 2, group_size, …]: the two things that
     `value_and_grad_noise` takes. A fixed set of some hundred examples in eight or more groups will do; one
     group is in memory at a time. In a jitted step `loss_fn` may be any function in scope, or a
@@ -90,7 +90,7 @@ def scale_by_random_matrix(
       momentum: β in [0, 1) of the direction before, for Adam its b1. It moves b*, by 19 for 0.9.
       refresh_unit: "step" or "example"; static.
       num_steps: Lanczos steps; static.
-      smoothing: weight of the past at a refresh, in [0, 1).
+      ema_decay: weight of the past at a refresh, in [0, 1).
       dataset_size: N, examples > 0, of which `groups` is a part; None: much larger than every batch.
       axis_name: device axes over which `groups` is spread.
       seed: of the start vectors; static.
@@ -99,7 +99,7 @@ def scale_by_random_matrix(
       A `GradientTransformationExtraArgs` for a chain, after the direction. `adabatch.metrics` shows
       `transition_batch_size`, `curvature_largest`, `hessian_noise` (0 before the first usable refresh),
       `refreshes`, `failed_refreshes`.
-      Under `optax.inject_hyperparams` all but base_batch_size, momentum, smoothing and dataset_size
+      Under `optax.inject_hyperparams` all but base_batch_size, momentum, ema_decay and dataset_size
       are static_args.
 
     Raises:
@@ -113,7 +113,7 @@ def scale_by_random_matrix(
       >>> loss = lambda w, a: 0.5 * jnp.mean(a) * jnp.sum(w**2)  # H_i = a_i I
       >>> groups, w = jnp.array([[1.0], [3.0]]), jnp.ones(2)
       >>> updates, state = link.update(
-      ...     jnp.ones(2), link.init(w), w, batch_size=4, loss_fn=loss, groups=groups)
+      ...     jnp.ones(2), link.init(w), w, num_examples=4, loss_fn=loss, groups=groups)
       >>> numbers = state.report_metrics()
       >>> [round(float(numbers[k]), 3) for k in ("transition_batch_size", "learning_rate_scale")]
       [2.0, 2.0]
@@ -124,7 +124,7 @@ def scale_by_random_matrix(
     _validate.positive(where, base_batch_size=base_batch_size)
     refresh = Refresh.checked(where, refresh_every, refresh_unit)
     _validate.positive_int(where, num_steps=num_steps)
-    _validate.between(where, 0.0, 1.0, momentum=momentum, smoothing=smoothing)
+    _validate.between(where, 0.0, 1.0, momentum=momentum, ema_decay=ema_decay)
     if dataset_size is not None:
         _validate.positive(where, dataset_size=dataset_size)
     axes, default_base = axis_tuple(axis_name), base_batch_size
@@ -157,7 +157,7 @@ def scale_by_random_matrix(
             spectrum.largest, spectrum.smallest, noise, num_groups * group_size, dataset_size
         ).largest
         usable = jnp.isfinite(largest + noise) & (spectrum.largest > 0) & (largest > 0)
-        old = jnp.where(state.transition_refreshes == 0, 0.0, jnp.asarray(smoothing, jnp.float32))
+        old = jnp.where(state.transition_refreshes == 0, 0.0, jnp.asarray(ema_decay, jnp.float32))
         new = state._replace(
             measured_largest=old * state.measured_largest + (1.0 - old) * largest,
             measured_noise=old * state.measured_noise + (1.0 - old) * noise,
@@ -175,7 +175,7 @@ def scale_by_random_matrix(
         loss_fn: LossFn | None = None,
         groups: PyTree | None = None,
         noise: GradientNoise | None = None,
-        batch_size: Any = None,
+        num_examples: Any = None,
         base_batch_size: Any = None,
         emit: Any = True,
         **extra_args: Any,
@@ -189,7 +189,7 @@ def scale_by_random_matrix(
             )
         group_shape(where, groups)
         given = default_base if base_batch_size is None else base_batch_size
-        size, base = batch_sizes(where, given, noise, batch_size)
+        size, base = batch_sizes(where, given, noise, num_examples)
         due = refresh.due(state.since_transition, state.transition_refreshes > 0, emit)
         if jax.tree.leaves(params):
             state = jax.lax.cond(

@@ -118,8 +118,8 @@ def scale_by_batch_size(
     """Multiplies updates by `rule(b, base_batch_size)`, b being the batch behind the present gradient.
 
     `update` reads the batch size from `noise=` (`noise.num_examples`) or, if given, from
-    `batch_size=`; `base_batch_size=` there overrides the one given here. Put it after the direction
-    (`optax.scale_by_adam()`, …), beside the learning rate.
+    `num_examples=` (or `batch_size=`); `base_batch_size=` there overrides the one given here. Put it
+    after the direction (`optax.scale_by_adam()`, …), beside the learning rate.
 
     Args:
       rule: `linear_scaling()`, `sqrt_scaling()`, `random_matrix_scaling(…)`, or any function of
@@ -132,13 +132,13 @@ def scale_by_batch_size(
 
     Raises:
       ValueError: `base_batch_size` is not positive; `rule` is not callable; at trace time, neither
-        `noise=` nor `batch_size=`.
+        `noise=` nor `num_examples=`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> link = scale_by_batch_size(sqrt_scaling(), base_batch_size=64)
       >>> state = link.init(jnp.ones(2))
-      >>> updates, state = link.update(jnp.ones(2), state, batch_size=256)
+      >>> updates, state = link.update(jnp.ones(2), state, num_examples=256)
       >>> updates.tolist()
       [2.0, 2.0]
 
@@ -159,13 +159,15 @@ def scale_by_batch_size(
         params: PyTree | None = None,
         *,
         noise: GradientNoise | None = None,
+        num_examples: ArrayLike | None = None,
         batch_size: ArrayLike | None = None,
         base_batch_size: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByBatchSizeState]:
         del state, params, extra_args
         given = default_base if base_batch_size is None else base_batch_size
-        size, base = batch_sizes(where, given, noise, batch_size)
+        number = batch_size if num_examples is None else num_examples
+        size, base = batch_sizes(where, given, noise, number)
         factor = jnp.asarray(rule(size, base)).astype(jnp.float32)
         return scale(updates, factor), ScaleByBatchSizeState(factor)
 

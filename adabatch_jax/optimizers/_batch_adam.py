@@ -62,7 +62,7 @@ def scale_by_batch_adam(
     * `scale_betas=False` is the rule of Granziol et al.: the βs stay and damping alone follows the
       learning rate. Give their `eps_scaling` to `scale_by_batch_size`, too.
 
-    `update` reads the batch size as `scale_by_batch_size` does: from `noise=` or `batch_size=`,
+    `update` reads the batch size as `scale_by_batch_size` does: from `noise=` or `num_examples=`,
     with `base_batch_size=` over the one given here. One that is not finite counts as the base.
 
     Args:
@@ -83,14 +83,14 @@ def scale_by_batch_adam(
 
     Raises:
       ValueError: an argument out of range; `eps_scaling` is not callable; at trace time, neither
-        `noise=` nor `batch_size=`.
+        `noise=` nor `num_examples=`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> link = scale_by_batch_adam(base_batch_size=64)
       >>> g = jnp.array([3.0, -0.5])
-      >>> u, state = link.update(g, link.init(g), batch_size=64)
-      >>> u, state = link.update(g, state, batch_size=256)
+      >>> u, state = link.update(g, link.init(g), num_examples=64)
+      >>> u, state = link.update(g, state, num_examples=256)
       >>> [round(float(x), 4) for x in u]
       [1.0, -1.0]
       >>> [round(float(x), 4) for x in (state.batch_adam_beta1, state.batch_adam_beta2)]
@@ -133,13 +133,13 @@ def scale_by_batch_adam(
         params: PyTree | None = None,
         *,
         noise: GradientNoise | None = None,
-        batch_size: ArrayLike | None = None,
+        num_examples: ArrayLike | None = None,
         base_batch_size: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByBatchAdamState]:
         del params, extra_args
         given = default_base if base_batch_size is None else base_batch_size
-        size, base = batch_sizes(where, given, noise, batch_size)
+        size, base = batch_sizes(where, given, noise, num_examples)
         remembered = size if scale_betas else base
         beta_1, beta_2, epsilon = (
             rule(x, base) for rule, x in zip(rules, (remembered, remembered, size), strict=True)

@@ -60,7 +60,7 @@ def bowl(scale: jax.Array, params: PyTree) -> jax.Array:
 def curved(gradient: PyTree, step: int) -> dict[str, Any]:
     """A loss whose curvature changes from step to step; a pytree, as every argument here."""
     value_fn = jax.tree_util.Partial(bowl, jnp.float32(1.0 + (step % 3)))
-    return {"value_fn": value_fn, "batch_size": jnp.int32(16 * (step + 1))}
+    return {"value_fn": value_fn, "num_examples": jnp.int32(16 * (step + 1))}
 
 
 def leaning(scale: jax.Array, params: PyTree, group: jax.Array) -> jax.Array:
@@ -72,7 +72,7 @@ def curved_groups(gradient: PyTree, step: int) -> dict[str, Any]:
     """Groups of two examples, whose curvature and spread change from step to step."""
     loss_fn = jax.tree_util.Partial(leaning, jnp.float32(1.0 + (step % 3)))
     groups = jnp.arange(1.0, 9.0, dtype=jnp.float32).reshape(4, 2) + jnp.float32(step)
-    return {"loss_fn": loss_fn, "groups": groups, "batch_size": jnp.int32(16 * (step + 1))}
+    return {"loss_fn": loss_fn, "groups": groups, "num_examples": jnp.int32(16 * (step + 1))}
 
 
 @dataclass(frozen=True, eq=False)  # each row is its own key
@@ -263,7 +263,7 @@ TABLE = [
         adabatch.scale_by_lanczos,
         (),
         {"refresh_every": 2, "num_steps": 3},
-        ("max_momentum", "safety", "smoothing"),
+        ("max_momentum", "safety", "ema_decay"),
         curved,
     ),
     Row(
@@ -271,8 +271,8 @@ TABLE = [
         adabatch.scale_by_lanczos,
         ("nesterov",),
         {"refresh_every": 40, "refresh_unit": "example", "num_steps": 3}
-        | {"hessian_noise": 4.0, "curvature_batch_size": 64},
-        ("max_momentum", "safety", "smoothing", "hessian_noise", "curvature_batch_size"),
+        | {"nu_squared": 4.0, "curvature_batch_size": 64},
+        ("max_momentum", "safety", "ema_decay", "nu_squared", "curvature_batch_size"),
         curved,
         variant=True,
     ),
@@ -281,7 +281,7 @@ TABLE = [
         adabatch.scale_by_random_matrix,
         (),
         {"base_batch_size": 16, "adaptive": True, "refresh_every": 2, "num_steps": 3},
-        ("base_batch_size", "momentum", "smoothing", "dataset_size"),
+        ("base_batch_size", "momentum", "ema_decay", "dataset_size"),
         curved_groups,
     ),
     Row(
@@ -290,7 +290,7 @@ TABLE = [
         (),
         {"base_batch_size": 16, "adaptive": False, "refresh_every": 40, "num_steps": 3}
         | {"refresh_unit": "example", "dataset_size": 1000, "momentum": 0.9},
-        ("base_batch_size", "momentum", "smoothing", "dataset_size"),
+        ("base_batch_size", "momentum", "ema_decay", "dataset_size"),
         curved_groups,
         variant=True,
     ),

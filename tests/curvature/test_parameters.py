@@ -98,4 +98,4 @@ def test_groups_are_asked_for_by_who_needs_them():
     with pytest.raises(
         ValueError, match="scale_by_random_matrix: groups must be at least 2, got 1"
     ):
-        link.update(w, link.init(w), w, batch_size=4, loss_fn=loss, groups=GROUPS[:1])
+        link.update(w, link.init(w), w, num_examples=4, loss_fn=loss, groups=GROUPS[:1])

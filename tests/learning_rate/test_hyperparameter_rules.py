@@ -50,12 +50,12 @@ def test_it_reads_what_scale_by_batch_size_reads(noise_of_batch):
     one = jnp.array(1.0)
     for given in [
         {"noise": noise_of_batch(128)},
-        {"batch_size": 128},
-        {"noise": noise_of_batch(8), "batch_size": 128},
+        {"num_examples": 128},
+        {"noise": noise_of_batch(8), "num_examples": 128},
         {"noise": noise_of_batch(128), "base_batch_size": 32, "unknown": "text"},
         {"noise": noise_of_batch(0)},
-        {"batch_size": float("nan")},
-        {"batch_size": float("inf"), "base_batch_size": 32},
+        {"num_examples": float("nan")},
+        {"num_examples": float("inf"), "base_batch_size": 32},
     ]:
         _, decayed = decay.update(one, decay.init(one), one, **given)
         _, scaled = scale.update(one, scale.init(one), one, **given)
@@ -84,7 +84,7 @@ def test_inside_adaptive_multi_steps():
 
 def test_a_missing_batch_size_says_how_to_pass_it():
     link, params = decay_by(scaled_weight_decay(0.1)), jnp.ones(2)
-    with pytest.raises(ValueError, match=r"follow_batch_size .*noise=noise.*batch_size="):
+    with pytest.raises(ValueError, match=r"follow_batch_size .*noise=noise.*num_examples="):
         jax.eval_shape(link.update, params, link.init(params), params)
 
 
@@ -135,7 +135,7 @@ def test_weights_shrink_at_the_same_pace_per_example(scaling, place):
         params = jnp.array(1.0)
         state, step = optimizer.init(params), jax.jit(optimizer.update)
         for size in sizes:
-            updates, state = step(jnp.zeros(()), state, params, batch_size=size)
+            updates, state = step(jnp.zeros(()), state, params, num_examples=size)
             params = optax.apply_updates(params, updates)
         left.append(float(params))
     assert sum(sizes) == 64 * 64

@@ -19,7 +19,7 @@ def bowl(curvatures, w):
 
 
 def link(variant="heavy_ball", **options):
-    common = dict(refresh_every=4, safety=1.0, smoothing=0.0, max_momentum=0.99)
+    common = dict(refresh_every=4, safety=1.0, ema_decay=0.0, max_momentum=0.99)
     return adabatch.scale_by_lanczos(variant, **(common | options))
 
 
@@ -103,7 +103,7 @@ def test_it_measures_when_it_is_due_and_not_in_between():
 
 def test_the_unit_may_be_examples():
     by_examples = link(refresh_every=100, refresh_unit="example")
-    _, states = follow(by_examples, [CURVATURES] * 7, batch_size=50)
+    _, states = follow(by_examples, [CURVATURES] * 7, num_examples=50)
     assert [int(s.refreshes) for s in states] == [1, 1, 2, 2, 3, 3, 4]
 
 
@@ -118,7 +118,7 @@ def test_without_emit_it_waits():
 
 
 def test_a_rise_is_taken_at_once_and_a_fall_is_smoothed():
-    optimizer = link("nesterov", refresh_every=1, smoothing=0.5)
+    optimizer = link("nesterov", refresh_every=1, ema_decay=0.5)
     _, states = follow(optimizer, [CURVATURES, 4 * CURVATURES, CURVATURES])
     rates = [float(s.lanczos_learning_rate) for s in states]
     np.testing.assert_allclose(rates, [1 / 9, 1 / 36, 1 / 18], rtol=1e-4)
@@ -187,9 +187,9 @@ def test_caps_hold():
 def test_the_rate_is_that_of_the_batch_behind_the_gradient():
     """Curvature 9 of all data, ν² = 81: seen through 100 examples, used with batches of 4 and 10⁶."""
     seen = adabatch.curvature.batch_hessian_extremes(9.0, -9.0, 81.0, 100).largest
-    optimizer = link("nesterov", hessian_noise=81.0, curvature_batch_size=100)
+    optimizer = link("nesterov", nu_squared=81.0, curvature_batch_size=100)
     for size, expected in ((4, 9 + 81 / (4 * 9)), (10**6, 9.0)):
-        _, states = follow(optimizer, [CURVATURES * seen / 9], batch_size=size)
+        _, states = follow(optimizer, [CURVATURES * seen / 9], num_examples=size)
         np.testing.assert_allclose(1 / states[0].lanczos_learning_rate, expected, rtol=1e-3)
 
 
@@ -223,9 +223,9 @@ def test_inside_adaptive_multi_steps_it_measures_once_per_batch():
         ({"max_momentum": 1.0}, "max_momentum must lie in .*, got 1.0"),
         ({"safety": 0.0}, "safety must be a positive number, got 0.0"),
         ({"safety": 1.5}, "safety must lie in .*, got 1.5"),
-        ({"smoothing": -0.1}, "smoothing must lie in .*, got -0.1"),
-        ({"hessian_noise": 1.0}, "belong together"),
-        ({"hessian_noise": -1.0, "curvature_batch_size": 8}, "hessian_noise must lie in"),
+        ({"ema_decay": -0.1}, "ema_decay must lie in .*, got -0.1"),
+        ({"nu_squared": 1.0}, "belong together"),
+        ({"nu_squared": -1.0, "curvature_batch_size": 8}, "nu_squared must lie in"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -238,5 +238,5 @@ def test_what_update_needs_is_said():
     with pytest.raises(ValueError, match="value_fn=value_fn"):
         optimizer.update(W, optimizer.init(W), W)
     optimizer = link(refresh_unit="example")
-    with pytest.raises(ValueError, match="batch_size="):
+    with pytest.raises(ValueError, match="num_examples="):
         optimizer.update(W, optimizer.init(W), W, value_fn=lambda w: bowl(CURVATURES, w))

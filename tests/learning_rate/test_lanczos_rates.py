@@ -11,7 +11,7 @@ from adabatch_jax.learning_rate._lanczos_rates import LanczosRules, rates
 
 
 def rules(variant, **changes):
-    options = dict(num_steps=3, max_momentum=0.99, safety=1.0, smoothing=0.5, hessian_noise=None)
+    options = dict(num_steps=3, max_momentum=0.99, safety=1.0, ema_decay=0.5, nu_squared=None)
     return LanczosRules(
         variant, **options | dict(curvature_batch_size=None, axis_name=None) | changes
     )

@@ -55,7 +55,7 @@ def step_of(link, **always):
             jnp.ones(DIM),
             loss_fn=loss_fn,
             groups=groups,
-            batch_size=batch_size,
+            num_examples=batch_size,
             **always,
         )
 
@@ -88,7 +88,7 @@ def test_the_factor_is_the_rule_at_the_measured_transition(
 
 def test_it_measures_when_due_and_averages(groups):
     """Steeper examples count from the next refresh on, with the past's weight beside them."""
-    link = adabatch.scale_by_random_matrix(adaptive=False, smoothing=0.75, **EVERY)
+    link = adabatch.scale_by_random_matrix(adaptive=False, ema_decay=0.75, **EVERY)
     step, state = step_of(link), link.init(jnp.ones(DIM))
     seen = []
     for number in range(7):
@@ -158,7 +158,7 @@ def test_one_measurement_per_optimizer_step_in_the_drop_in(groups):
 
 def test_what_is_missing_is_named(groups):
     link = adabatch.scale_by_random_matrix(adaptive=False, **EVERY)
-    ones, given = jnp.ones(DIM), {"loss_fn": loss_fn, "groups": groups, "batch_size": 8}
+    ones, given = jnp.ones(DIM), {"loss_fn": loss_fn, "groups": groups, "num_examples": 8}
     for missing in given:
         rest = {k: v for k, v in given.items() if k != missing}
         with pytest.raises(ValueError, match=f"scale_by_random_matrix .*{missing}="):
@@ -176,7 +176,7 @@ def test_what_is_missing_is_named(groups):
         ({"refresh_every": 0}, "refresh_every"),
         ({"refresh_unit": "epoch"}, "refresh_unit"),
         ({"num_steps": 0}, "num_steps"),
-        ({"smoothing": 1.0}, "smoothing"),
+        ({"ema_decay": 1.0}, "ema_decay"),
         ({"momentum": 1.0}, "momentum"),
         ({"dataset_size": -1}, "dataset_size"),
     ],

@@ -43,8 +43,8 @@ def test_the_batch_behind_the_gradient_decides(noise_of_batch, rule, factor):
 
 def test_a_batch_size_given_by_hand_comes_first(noise_of_batch):
     link = scale_by_batch_size(linear_scaling(), base_batch_size=64)
-    assert applied(link, batch_size=128) == 2.0
-    assert applied(link, batch_size=128, noise=noise_of_batch(1024)) == 2.0
+    assert applied(link, num_examples=128) == applied(link, batch_size=128) == 2.0
+    assert applied(link, num_examples=128, noise=noise_of_batch(1024)) == 2.0
 
 
 def test_a_base_given_by_hand_comes_first(noise_of_batch):
@@ -80,7 +80,7 @@ def test_the_base_may_be_injected(noise_of_batch):
 
 def test_a_missing_batch_size_says_how_to_pass_it():
     link = scale_by_batch_size(linear_scaling(), base_batch_size=64)
-    with pytest.raises(ValueError, match=r"scale_by_batch_size .*noise=noise.*batch_size="):
+    with pytest.raises(ValueError, match=r"scale_by_batch_size .*noise=noise.*num_examples="):
         jax.eval_shape(link.update, UPDATES, link.init(UPDATES))
 
 

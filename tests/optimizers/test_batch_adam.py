@@ -21,7 +21,7 @@ def run(link, gradients, sizes):
     """All updates, and the last state."""
     state, step, history = link.init(gradients[0]), jax.jit(link.update), []
     for g, size in zip(gradients, sizes, strict=True):
-        u, state = step(g, state, batch_size=jnp.int32(size))
+        u, state = step(g, state, num_examples=jnp.int32(size))
         history.append(u)
     return history, state
 
@@ -130,12 +130,12 @@ def test_the_batch_is_read_from_the_noise_or_by_hand():
     noise = adabatch.GradientNoise(*fields)
     for given, beta in [
         ({"noise": noise}, 0.6),
-        ({"batch_size": 128}, 0.8),
-        ({"noise": noise, "batch_size": 128}, 0.8),
+        ({"num_examples": 128}, 0.8),
+        ({"noise": noise, "num_examples": 128}, 0.8),
         ({"noise": noise, "base_batch_size": 128}, 0.8),
-        ({"batch_size": 0}, 1 - 0.1 / BASE),
-        ({"batch_size": float("nan")}, 0.9),
-        ({"batch_size": float("inf")}, 0.9),
+        ({"num_examples": 0}, 1 - 0.1 / BASE),
+        ({"num_examples": float("nan")}, 0.9),
+        ({"num_examples": float("inf")}, 0.9),
     ]:
         updates, state = link.update(g, link.init(g), **given)
         np.testing.assert_allclose(state.batch_adam_beta1, beta, rtol=1e-6)
@@ -161,7 +161,7 @@ def test_metrics_show_what_was_used():
 
 def test_moments_are_float32_and_updates_keep_their_dtype():
     link, g = scale_by_batch_adam(base_batch_size=BASE), jnp.ones(2, jnp.bfloat16)
-    updates, state = link.update(g, link.init(g), batch_size=128)
+    updates, state = link.update(g, link.init(g), num_examples=128)
     assert updates.dtype == jnp.bfloat16
     assert {x.dtype.name for x in jax.tree.leaves(state)} == {"float32"}
 
@@ -200,5 +200,5 @@ def test_bad_arguments_are_named(options, message):
 
 def test_a_missing_batch_size_says_how_to_pass_it():
     link, g = scale_by_batch_adam(base_batch_size=BASE), jnp.ones(2)
-    with pytest.raises(ValueError, match=r"scale_by_batch_adam needs .*noise=noise.*batch_size="):
+    with pytest.raises(ValueError, match=r"scale_by_batch_adam needs .*noise=noise.*num_examples="):
         jax.eval_shape(link.update, g, link.init(g))

@@ -135,7 +135,7 @@ def scaled(rule, params):
 
 def updated(link, params):
     def update(gradient, state, params, size):
-        return link.update(gradient, state, params, batch_size=size)
+        return link.update(gradient, state, params, num_examples=size)
 
     return update, params, link.init(params), params, np.int32(64)
 
@@ -314,7 +314,7 @@ def test_a_program_for_eight_devices_is_exported(check, params, function):
 def test_groups_may_be_numpy_arrays(params, name):
     """Where a loop counts through them, they must be indexed by what is traced."""
     link = adabatch.scale_by_random_matrix(base_batch_size=1, adaptive=False, refresh_every=10)
-    more = dict(loss_fn=loss_fn, groups=GROUPS, batch_size=4)
+    more = dict(loss_fn=loss_fn, groups=GROUPS, num_examples=4)
     measures = {
         "value_and_grad_noise": lambda p: adabatch.value_and_grad_noise(loss_fn, vectorize=2)(
             p, GROUPS

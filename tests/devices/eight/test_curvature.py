@@ -148,7 +148,7 @@ def test_the_noise_of_the_hessian_is_that_of_all_groups(kind, probe, on_one):
 
 def learner(axis_name=None):
     return adabatch.scale_by_lanczos(
-        "heavy_ball", refresh_every=2, num_steps=8, smoothing=0.5, axis_name=axis_name
+        "heavy_ball", refresh_every=2, num_steps=8, ema_decay=0.5, axis_name=axis_name
     )
 
 
