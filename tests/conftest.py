@@ -55,22 +55,3 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-def pytest_collection_modifyitems(items):
-    """What several tests share is made once: with xdist they stay in one process."""
-    for item in items:
-        if shared := _shared(item):
-            item.add_marker(pytest.mark.xdist_group(shared))
-
-
-def _shared(item):
-    """The row of the contract table, or the module whose fixture serves several of its tests."""
-    if row := getattr(item, "callspec", None) and item.callspec.params.get("row"):
-        return row.name
-    fixtures = item._fixtureinfo.name2fixturedefs if hasattr(item, "_fixtureinfo") else {}
-    of_module = any(
-        found[-1].scope == "module" and found[-1].func.__module__ == item.module.__name__
-        for found in fixtures.values()
-    )
-    return item.module.__name__ if of_module else None
