@@ -14,6 +14,7 @@ import pytest
 from adabatch_jax.cli import main
 from adabatch_jax.training import _train, load_dataset
 from adabatch_jax.training.spectrum import _command
+from tests.marks import slow
 
 
 def test_a_small_run_prints_its_result_and_where_it_lies(tmp_path, capsys):
@@ -138,9 +139,11 @@ def test_a_warning_is_one_line_and_told_once(monkeypatch, capsys):
             ["--optimizer", "lanczos-sgd"],
             r"largest curvature \S+, momentum 0\.\d+ \(\d+ measurements",
         ),
-        (
-            ["--optimizer", "sgd", "--scaling", "random-matrix"],
-            r"largest curvature \S+, noise bounds the rate below a batch size of \d+ \(\d+ meas",
+        *slow(
+            (
+                ["--optimizer", "sgd", "--scaling", "random-matrix"],
+                r"largest curvature \S+, noise bounds the rate below a batch size of \d+ \(\d+ meas",
+            )
         ),
     ],
 )
@@ -160,7 +163,9 @@ def trained(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_measured(trained, capsys):
+    """Slow: a spectrum, for which many products are compiled."""
     assert main(["spectrum", "--run", str(trained), *FEW]) == 0
     said = capsys.readouterr().out
     assert f"Hessian of logistic ({trained / 'checkpoint'}), 650 parameters" in said

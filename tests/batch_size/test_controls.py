@@ -130,7 +130,7 @@ def test_at_fixed_parameters_the_batch_settles_at_the_noise_scale(eta):
     np.testing.assert_allclose(settled, NOISE_SCALE / eta**2, rtol=0.2)  # each of the seeds
 
 
-@pytest.mark.parametrize("eta", [1.0, *slow(0.5)])
+@pytest.mark.parametrize("eta", slow(0.5, 1.0))
 def test_the_monotone_form_overshoots(eta, record_property):
     target = NOISE_SCALE / eta**2
     settled = {m: batch_sizes(eta, monotone=m)[:, STEPS // 2 :].mean(1) for m in (False, True)}

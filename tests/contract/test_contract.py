@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
+from tests.marks import slow
 
 
 @contextlib.contextmanager
@@ -232,7 +233,7 @@ def test_the_state_can_be_donated(row, expected):
     assert_close(placed.history[: len(expected)], expected)
 
 
-@pytest.mark.parametrize("params", [{}, 0.5], ids=["no parameters", "one number"])
+@pytest.mark.parametrize("params", [{}, *slow(0.5)], ids=["no parameters", "one number"])
 def test_unusual_parameters(row, params):
     params = jax.tree.map(jnp.float32, params)
     link = row.make()
@@ -243,7 +244,7 @@ def test_unusual_parameters(row, params):
         chex.assert_tree_all_finite(updates)
 
 
-@pytest.mark.parametrize("mode", modes())
+@pytest.mark.parametrize("mode", ["x64", "strict", *slow("nans")])
 def test_modes(row, expected, mode):
     link, params = row.make(), params_of()
     steps, of_numpy = row.steps(params), jax.device_get(params)

@@ -212,7 +212,9 @@ def test_nnx_optimizer_with_adaptive_multi_steps():
     assert int(adabatch.get_batch_size(optimizer.opt_state)) > 8
 
 
+@pytest.mark.slow
 def test_linen_with_a_step_by_hand():
+    """Slow: a run of a Flax model."""
     model = linen.Sequential([linen.Dense(4), linen.relu, linen.Dense(1)])
     x, y = batches(60)
     params = model.init(jax.random.key(0), x[0])

@@ -175,8 +175,10 @@ def test_gradients_are_finite_and_nan_stays_nan(formula):
         assert jnp.isnan(found.largest) and jnp.isnan(found.overlap)
 
 
+@pytest.mark.slow
 @given(value=values, noise=noises, count=st.integers(1, 10**6), number=st.integers(1, 4))
 def test_the_fit_recovers_the_noise_of_the_formula(value, noise, count, number):
+    """Slow: many fits."""
     sizes = 16.0 * 4.0 ** np.arange(number)
     extremes = batch_gauss_newton_extremes(value, noise, count / sizes).largest
     rise = float(extremes[0]) / value - 1

@@ -45,7 +45,9 @@ def test_it_is_the_variance_of_the_products():
     np.testing.assert_allclose(got, expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_random_probe_misses_noise_along_the_top_direction():
+    """Slow: two probes, each compiled."""
     top = jnp.zeros((P, P)).at[0, 0].set(1.0)
     scales = 4.0 + jax.random.normal(KEY, (512,))
     groups = grouped(scales[:, None, None] * top[None], 4)

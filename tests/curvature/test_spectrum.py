@@ -99,7 +99,9 @@ def test_the_recurrence_is_matfree_s():
     np.testing.assert_allclose(found.weights[0], vectors[0] ** 2, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_moments_are_within_three_standard_errors():
+    """Slow: many probes."""
     eigenvalues = np.r_[10.0, 5.0, -3.0, BULK]
     found = spectrum_of(matrix(eigenvalues), num_steps=20, num_probes=40)
     for power in (1, 2, 3):
@@ -108,7 +110,9 @@ def test_moments_are_within_three_standard_errors():
         assert abs(each.mean() - np.mean(eigenvalues**power)) <= 3 * error
 
 
+@pytest.mark.slow
 def test_the_density_integrates_to_one_and_has_a_standard_error():
+    """Slow: many probes."""
     found = spectrum_of(matrix(np.r_[10.0, 5.0, -3.0, BULK]), num_steps=30, num_probes=5)
     density = adabatch.curvature.spectral_density(found)
     np.testing.assert_allclose(np.trapezoid(density.density, density.grid), 1.0, atol=1e-3)
@@ -209,7 +213,9 @@ def test_the_top_eigenvector_has_the_residual_it_claims():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, same)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early_gives_its_top_eigenvector():
+    """Slow: several Lanczos runs, each compiled."""
     diagonal = {"a": jnp.array([4.0, 1.0]), "b": jnp.array([[2.0], [-5.0]])}
     multiply = lambda v: jax.tree.map(jnp.multiply, diagonal, v)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), diagonal)
@@ -220,8 +226,12 @@ def test_a_run_that_ends_early_gives_its_top_eigenvector():
     np.testing.assert_allclose(vector["b"], [[0.0], [0.0]], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_top_eigenvector_of_a_part_needs_one_step_with_the_whole():
-    """λ₁ of the whole is wrong by the square of the angle, and its residual by the angle."""
+    """λ₁ of the whole is wrong by the square of the angle, and its residual by the angle.
+
+    Slow: several Lanczos runs, each compiled.
+    """
 
     def loss(w, a):
         return 0.5 * w @ a @ w

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import linen, nnx
 from flax.training import train_state
 
@@ -17,7 +18,9 @@ def cross_entropy(logits, labels):
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+@pytest.mark.slow
 def test_plain_functions(prove, controller, around, first_params, loss_fn):
+    """Slow: a whole run."""
     optimizer = around(optax.chain(controller(), optax.adam(0.01)))
 
     def step(carry, x, y):
@@ -53,8 +56,12 @@ def remember_value():
     return optax.GradientTransformationExtraArgs(lambda _: jnp.float32(0), update)
 
 
+@pytest.mark.slow
 def test_linen_with_a_train_state(prove, controller, around, digits):
-    """What a link inside is told is the mean loss over the micro-batches of its batch."""
+    """What a link inside is told is the mean loss over the micro-batches of its batch.
+
+    Slow: a run of a Flax model.
+    """
     model = linen.Sequential([linen.Dense(16), linen.relu, linen.Dense(10)])
     tx = around(optax.chain(controller(), remember_value(), optax.adam(0.01)))
     params = model.init(jax.random.key(0), digits[0][:1])

@@ -32,6 +32,7 @@ def trained(prove, first_params, loss_fn):
     return trained
 
 
+@pytest.mark.slow
 def test_clipping_inside_and_outside_the_wrapper(trained, controller, around, digits):
     """Inside, the mean gradient is clipped, and the noise is that of the gradient as it is. Outside,
     every micro-batch is clipped before the wrapper sees it: outliers count less, less noise is seen,
@@ -39,6 +40,8 @@ def test_clipping_inside_and_outside_the_wrapper(trained, controller, around, di
 
     inside   16 40 64 88 120 120 120 120 120 120 120 120 120
     outside  16 40 56 56  56  64  64  64  64  72  72  80  80
+
+    Slow: several runs, each compiled.
     """
     images = digits[0].copy()
     images[::50] *= 20.0

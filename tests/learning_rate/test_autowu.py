@@ -16,7 +16,7 @@ from adabatch_jax import AutowuPhase, WarmupEnd
 from adabatch_jax.learning_rate import _autowu, _autowu_preset, _autowu_step
 from adabatch_jax.learning_rate._divergence import follow, no_level
 from adabatch_jax.learning_rate._posterior_test import Draws
-from tests.learning_rate.losses import BOWL, FALLING, T
+from tests.learning_rate.losses import BOWL, FALLING, T, as_they_are
 from tests.marks import slow
 
 RNG = np.random.default_rng(0)
@@ -109,7 +109,9 @@ def test_a_cooldown_ends_a_warm_up_that_still_runs():
     np.testing.assert_allclose(states.autowu_learning_rate[15:], expected, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_past_the_minimum_it_goes_back_to_the_rate_there():
+    """Slow: programs with both Gaussian processes."""
     for smoother in ("rbf", "quasisep"):
         _, states = run(schedule(smoother=smoother, patience=2), BOWL)
         assert int(states.warmup_end[-1]) == WarmupEnd.MINIMUM_PASSED
@@ -364,11 +366,11 @@ def test_the_seed_decides_the_draws():
 
 
 def counted(monkeypatch):
-    """Counts the executions of the Gaussian-process test."""
+    """Counts the executions of the test."""
     calls = []
 
     def counting():
-        plain = _autowu.quasisep_smoother()
+        plain = as_they_are()
 
         def test(*args):
             jax.debug.callback(lambda: calls.append(1))
@@ -376,7 +378,7 @@ def counted(monkeypatch):
 
         return plain._replace(test=test)
 
-    monkeypatch.setitem(_autowu.SMOOTHERS, "quasisep", counting)
+    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", counting)
     return calls
 
 
@@ -387,7 +389,7 @@ def test_the_test_runs_when_it_is_due_and_at_most_once_per_optimizer_step(monkey
             adabatch.adapt_batch_size(
                 adabatch.norm_test(1.0), initial_batch_size=8, max_batch_size=8
             ),
-            schedule.__wrapped__(smoother="quasisep", steps_per_test=2),
+            schedule.__wrapped__(steps_per_test=2),
         ),
         micro_batch_size=2,
     )

@@ -96,7 +96,9 @@ def test_with_random_draws_the_decision_is_one_of_theirs(name, seed):
     assert any(abs(end - t) <= interval and 0.8 < rate / lr < 1.25 for t, lr in theirs)
 
 
+@pytest.mark.slow
 def test_a_rate_depends_on_the_losses_before_it_alone():
+    """Slow: several replays with a Gaussian process."""
     recording = load("bowl_small_noise_early")
     losses = losses_of(recording)
     rates = np.asarray(replay(recording, losses).autowu_learning_rate)

@@ -193,7 +193,9 @@ def test_the_rate_is_that_of_the_batch_behind_the_gradient():
         np.testing.assert_allclose(1 / states[0].lanczos_learning_rate, expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_inside_adaptive_multi_steps_it_measures_once_per_batch():
+    """Slow: a learner inside a wrapper, which compiles long."""
     optimizer = adabatch.adaptive_multi_steps(
         optax.chain(
             adabatch.adapt_batch_size(

@@ -163,7 +163,11 @@ def _matern52(x, scale):
     return (1.0 + r + r * r / 3.0) * jnp.exp(-r)
 
 
-@pytest.mark.parametrize("smoother", [rbf_smoother(), quasisep_smoother()], ids=["rbf", "quasisep"])
+@pytest.mark.parametrize(
+    "smoother",
+    [rbf_smoother(), pytest.param(quasisep_smoother(), marks=pytest.mark.slow)],
+    ids=["rbf", "quasisep"],
+)
 def test_what_lies_beyond_the_count_does_not_matter(smoother):
     x, y = series(90)
     results = []
@@ -197,7 +201,7 @@ def test_a_curve_that_only_rises_has_no_minimum_behind_it():
     assert float(seen.location[0]) < 0.05 and float(seen.probability[0]) == 0.0
 
 
-@pytest.mark.parametrize("progress", [0.05, *slow(0.2, 1.0)])
+@pytest.mark.parametrize("progress", slow(0.05, 0.2, 1.0))
 def test_early_in_the_warm_up_the_curve_is_stiff(progress):
     """On pure noise, whose likelihood asks for the shortest length scale of all."""
     x, noise = np.arange(60) / 60, np.random.default_rng(4).normal(size=60)
@@ -208,8 +212,12 @@ def test_early_in_the_warm_up_the_curve_is_stiff(progress):
     assert float(jnp.exp(state.parameters[2])) >= min(0.05 / progress**2, 1.0) * (1 - 1e-5)
 
 
+@pytest.mark.slow
 def test_a_curve_that_was_flat_bends_when_the_losses_do():
-    """Tests on noise alone leave a variance near zero, from which gradients lead nowhere."""
+    """Tests on noise alone leave a variance near zero, from which gradients lead nowhere.
+
+    Slow: two fits of a Gaussian process.
+    """
     rng, smoother = np.random.default_rng(0), quasisep_smoother()
     test, state = jax.jit(smoother.test), smoother.init()
     series_ = 2.5 + 0.05 * rng.normal(size=60)
@@ -249,7 +257,7 @@ def test_they_are_compiled_even_where_jit_is_disabled(module, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("units", [1e-6, 1e6])
+@pytest.mark.parametrize("units", [1e6, *slow(1e-6)])
 def test_the_smoother_of_all_losses_answers_alike_in_all_units(units):
     x, y = series(90)
     y, given = y - 1.5 * (x - 0.6) ** 2 * (x > 0.6), (jnp.int32(90), KEY, 1.0)  # hardly rises
@@ -271,7 +279,9 @@ def test_the_probability_is_that_of_gaussian_differences():
     assert abs(float(probability_past_minimum(posterior)) - beaten) < 4 * standard_error
 
 
+@pytest.mark.slow
 def test_the_earliest_point_is_as_low_as_the_lowest_to_two_standard_deviations():
+    """Slow: a fit of a Gaussian process."""
     mean = jnp.array([3.0, 1.15, 1.05, 1.0, 4.0])
     seen = draw(jnp.linspace(0, 1, 5), Posterior(mean, jnp.full(5, 0.0025), jnp.zeros(5)))
     assert (float(seen.location), float(seen.earliest)) == (0.75, 0.5)
@@ -283,7 +293,9 @@ def test_a_posterior_that_failed_has_no_location():
     assert np.isnan(seen.probability) and np.isnan(seen.location)
 
 
+@pytest.mark.slow
 def test_a_fit_that_is_not_finite_keeps_the_parameters_it_had():
+    """Slow: a fit of each Gaussian process."""
     x, y = series(60)
     smoother = quasisep_smoother()
     test = jax.jit(smoother.test)

@@ -14,6 +14,7 @@ import adabatch_jax as adabatch
 from adabatch_jax import WarmupEnd
 from adabatch_jax.learning_rate._step_length import StepLength, measure, no_length
 from tests.learning_rate.losses import BOWL, FALLING, T
+from tests.marks import slow
 
 PARAMS = {"w": jnp.full((4, 4), 0.5), "b": jnp.full((16,), 100.0)}  # ‖w‖ = 2
 
@@ -79,7 +80,7 @@ def test_a_warm_up_at_its_limit_is_bounded_too():
 
 @pytest.mark.parametrize(
     "params",
-    [PARAMS | {"w": jnp.zeros((4, 4))}, PARAMS | {"w": jnp.ones(16)}],
+    [PARAMS | {"w": jnp.zeros((4, 4))}, *slow(PARAMS | {"w": jnp.ones(16)})],
     ids=["zero", "vectors"],
 )
 def test_without_a_length_there_is_no_bound(params):

@@ -254,7 +254,7 @@ def test_a_seed_fixes_the_run(digits):
 
 
 @pytest.mark.parametrize(
-    "criterion", ["coordinate-norm", "inner-product", "augmented", "noise-scale"]
+    "criterion", ["coordinate-norm", "noise-scale", *slow("inner-product", "augmented")]
 )
 def test_every_criterion_drives_a_run(digits, criterion):
     rows = []
@@ -351,7 +351,7 @@ def test_one_bad_example_costs_its_batch_and_nothing_else(digits, monkeypatch):
     assert metrics(done.opt_state)["num_examples"] == 1437
 
 
-@pytest.mark.parametrize("steps_per_call", [1, *slow(50)])
+@pytest.mark.parametrize("steps_per_call", slow(1, 50))
 def test_what_is_made_for_a_step_does_not_grow_with_a_size_out_of_reach(
     digits, monkeypatch, steps_per_call
 ):

@@ -64,7 +64,7 @@ def test_counts_sizes_and_chunks_are_those_of_the_loop(params, groups, chunk):
     assert_equal(measure(params, groups), loop(params, groups))
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("chunk", [3, *slow(None)])
 def test_a_step_that_does_not_measure_has_value_and_gradient_alone(params, groups, chunk):
     fn = value_and_grad_structured(loss_fn, vectorize=chunk, **ALL)
     traced = jax.jit(lambda wanted: fn(params, groups, measure=wanted))

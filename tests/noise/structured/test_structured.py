@@ -194,7 +194,14 @@ def as_users_have_it():
         yield
 
 
-LARGE = ("convolutions", "transformer", "odd", "left", "nnx")  # slow: programs of many operations
+LARGE = (
+    "convolutions",
+    "transformer",
+    "odd",
+    "left",
+    "nnx",
+    "scan",
+)  # slow: programs of many operations
 
 
 @pytest.mark.parametrize(

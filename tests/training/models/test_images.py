@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from adabatch_jax.training.models import build_model
+from tests.marks import slow
 
 NAMES = ("logistic", "mlp", "cnn", "resnet")
 SIDES = (8, 28)
@@ -52,7 +53,7 @@ def test_shapes_and_sizes(name, side):
     assert sum(leaf.size for leaf in leaves) == num_parameters(name, side)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*NAMES[:-1], *slow("resnet")])
 def initialised(request):
     model = build_model(request.param, num_classes=3)
     return model, jax.jit(model.init)(jax.random.key(0), images(1, 8))

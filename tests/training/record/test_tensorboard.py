@@ -53,7 +53,9 @@ def check(out):
     assert not found
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_and_resumed_has_every_step_once(tmp_path, monkeypatch):
+    """Slow: a run in two parts."""
     write = EventWriter.write
 
     def signalled(self, row):

@@ -206,7 +206,9 @@ def test_the_gauss_newton_matrix_of_a_logistic_model_is_its_hessian(summary, gau
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_noise_of_the_gauss_newton_matrix_is_fitted(gauss_newton):
+    """Slow: spectra of several batch sizes."""
     sizes = adabatch.curvature.effective_batch_size(np.array(SIZES[:2]), EXAMPLES)
     extremes = np.array([row["largest"] for row in gauss_newton["batches"]])[:2]
     full = gauss_newton["full"]["largest"]

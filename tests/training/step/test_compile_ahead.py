@@ -50,8 +50,10 @@ def test_the_rungs_share_one_update_and_end_where_the_whole_step_does():
     steps.close()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 def test_two_programs_need_no_more_memory_than_one():
+    """Slow: three programs with all optimizations."""
     rung = Rung(2, 8)
     state, gradient = first_state(), make_gradient(apply)
     arguments = (*state, DATA, *batch(rung))

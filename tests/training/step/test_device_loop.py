@@ -113,7 +113,9 @@ def test_checkpoints_fall_on_their_steps_and_a_run_goes_on_from_them(digits):
     assert_same((whole[0], whole[1][20:], None), resumed)
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_nothing_is_stopped(digits, monkeypatch):
+    """Slow: a run with a loop on the device."""
     spoiled = digits._replace(train_inputs=np.full_like(digits.train_inputs, np.nan))
     monkeypatch.setattr(_classifier, "_mean_and_deviation", lambda inputs: (0.0, 1.0))
     run, rows = run_of(TrainConfig(model="logistic", epochs=1, steps_per_call=50), spoiled), []
