@@ -193,7 +193,9 @@ def test_a_bowl_is_past_its_minimum_and_a_slope_is_not(smoother):
     assert (np.asarray(seen.location) > 0.95).all()
 
 
+@pytest.mark.slow
 def test_a_curve_that_only_rises_has_no_minimum_behind_it():
+    """Slow: a fit of each Gaussian process."""
     x = np.arange(80) / 80
     rising = 1.0 + x + 0.05 * np.random.default_rng(0).normal(size=80)
     test = jax.jit(quasisep_smoother().test)

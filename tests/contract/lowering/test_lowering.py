@@ -14,7 +14,7 @@ from adabatch_jax.training import TrainConfig, build_optimizer, make_step, resol
 
 # Rows whose programs hold products of ours; the reader would find them there.
 HAVE_PRODUCTS = {
-    "scale_by_autowu",
+    "scale_by_autowu with the paper's Gaussian process",
     "scale_by_autowu by examples",
     "scale_by_improved_autowu",
     "return_to_minimum",
