@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 
+from adabatch_jax._types import PyTree
 from adabatch_jax.training._config import TrainConfig
 from adabatch_jax.training._optimizer import build_optimizer, told_already
 from adabatch_jax.training._plan import RunPlan, resolve
@@ -35,7 +36,6 @@ from adabatch_jax.training.step import (
     make_update,
 )
 
-PyTree = Any
 AfterStep = Callable[[int, Callable[[], RunState]], None]
 CURVATURE_GROUPS = 16  # between which the noise of the Hessian shows
 

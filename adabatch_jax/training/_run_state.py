@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-PyTree = Any
+from adabatch_jax._types import PyTree
 
 
 class RunState(NamedTuple):

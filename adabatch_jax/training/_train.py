@@ -18,6 +18,7 @@ import rich.console
 from jax.experimental import multihost_utils
 
 import adabatch_jax as adabatch
+from adabatch_jax._types import PyTree
 from adabatch_jax.training._config import TrainConfig
 from adabatch_jax.training._files import prepare_output, write_json
 from adabatch_jax.training._loop import ProcessLost, Run
@@ -40,8 +41,6 @@ from adabatch_jax.training.record import (
     was_searched,
 )
 from adabatch_jax.training.step import make_evaluation
-
-PyTree = Any
 
 
 class TrainResult(NamedTuple):

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from adabatch_jax._types import PyTree
 from adabatch_jax.training._files import PathLike
-
-PyTree = Any
 
 
 def save_params(path: PathLike, params: PyTree) -> None:

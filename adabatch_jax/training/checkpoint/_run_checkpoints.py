@@ -20,12 +20,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import adabatch_jax
+from adabatch_jax._types import PyTree
 from adabatch_jax.training._options import said
 from adabatch_jax.training._run_state import RunState
 from adabatch_jax.training.checkpoint._params import checksum, read_arrays, this_process_alone
 from adabatch_jax.training.devices import as_before, on_host
 
-PyTree = Any
 FORMAT = 2  # of the checkpoint as a whole; counted up when a field is added or changes its meaning
 
 

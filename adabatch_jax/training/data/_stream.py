@@ -15,11 +15,11 @@ import jax
 import numpy as np
 import numpy.typing as npt
 
+from adabatch_jax._types import PyTree
 from adabatch_jax._validate import integer
 from adabatch_jax.training.data._feed import Feed
 from adabatch_jax.training.data._ladder import Rung
 
-PyTree = Any
 Offsets = npt.NDArray[np.int64]
 Gather = Callable[[Offsets], PyTree]
 

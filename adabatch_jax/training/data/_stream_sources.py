@@ -11,10 +11,10 @@ from typing import Any, SupportsIndex
 import jax
 import numpy as np
 
+from adabatch_jax._types import PyTree
 from adabatch_jax._validate import integer
 from adabatch_jax.training.data._stream import Gather, Offsets, Stream
 
-PyTree = Any
 _NUMBERS = "biufcV"  # V: bfloat16 and its like
 
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from adabatch_jax._types import PyTree
+
 AXIS = "data"
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adabatch_jax._types import PyTree
 from adabatch_jax.training.data import Dataset, to_float
 from adabatch_jax.training.models._build import build_model
 from adabatch_jax.training.models._losses import Apply
 from adabatch_jax.training.models._transformer import Transformer
-
-PyTree = Any
 
 
 class Classifier(NamedTuple):

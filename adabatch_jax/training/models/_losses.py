@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
+from adabatch_jax._types import PyTree
+
 Apply = Callable[[PyTree, jax.Array], jax.Array]  # (params, inputs as stored) -> logits
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from adabatch_jax._types import PyTree
 from adabatch_jax.learning_rate import SmoothedLosses, smoothed_losses
 from adabatch_jax.training.plot._style import (
     BLUE,
@@ -21,7 +20,6 @@ from adabatch_jax.training.plot._style import (
     short,
 )
 
-PyTree = Any
 _BAND = 2.0  # standard deviations
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +11,12 @@ import numpy as np
 
 import adabatch_jax as adabatch
 from adabatch_jax._tree import dot, squared_norm
+from adabatch_jax._types import PyTree
 from adabatch_jax.curvature import Spectrum
 from adabatch_jax.training.data import Dataset
 from adabatch_jax.training.models import Apply, losses_and_logits
 from adabatch_jax.training.spectrum._config import SpectrumConfig
 
-PyTree = Any
 Batch = dict[str, jax.Array]
 
 

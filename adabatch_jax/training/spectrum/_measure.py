@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adabatch_jax as adabatch
+from adabatch_jax._types import PyTree
 from adabatch_jax.curvature import SpectralDensity, Spectrum
 from adabatch_jax.training.checkpoint import load_params
 from adabatch_jax.training.data import Dataset, load_dataset
@@ -26,7 +27,6 @@ from adabatch_jax.training.spectrum._theory import (
     transition,
 )
 
-PyTree = Any
 # More groups tell more about the noise, larger ones run faster.
 _NOISE_GROUP = 16  # examples, at most
 _NOISE_GROUPS = 256  # at least, as long as there is an example for each

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adabatch_jax._types import PyTree
 from adabatch_jax.training.data import Rung
 from adabatch_jax.training.devices import Devices
-
-PyTree = Any
 
 
 class LoopPlace(NamedTuple):

@@ -13,10 +13,10 @@ import optax
 import adabatch_jax as adabatch
 from adabatch_jax._dropped import state_after_dropped_step
 from adabatch_jax._tree import trainable
+from adabatch_jax._types import PyTree
 from adabatch_jax.batch_size import returns_made
 from adabatch_jax.training.models import Apply, losses_and_logits, masked_mean, mean_per_example
 
-PyTree = Any
 Data = tuple[jax.Array, jax.Array]  # inputs and labels, on the device
 
 
