@@ -386,10 +386,10 @@ def row(request: pytest.FixtureRequest) -> Row:
 # Each compiles a program of its own. A variant keeps its promises in the others by default.
 COMPILES_ONCE_MORE = {
     *("test_jit_changes_no_number", "test_vmap_equals_a_loop", "test_scan_equals_a_loop"),
-    *("test_in_a_chain", "test_under_inject_hyperparams", "test_under_masked", "test_modes"),
-    *("test_unusual_parameters", "test_narrow_floats_follow_float32"),
+    *("test_under_inject_hyperparams", "test_under_masked", "test_modes"),
+    "test_narrow_floats_follow_float32",
     *("test_complex_parameters_are_exact_or_refused", "test_the_state_can_be_donated"),
-    "test_the_state_keeps_its_form",
+    *("test_the_state_keeps_its_form", "test_dtypes_stay_and_statistics_are_float32"),
 }
 
 

@@ -154,7 +154,9 @@ def test_scan_equals_a_loop(row, expected):
     assert_close(updates, stack([u for _, u in expected]))
 
 
+@pytest.mark.slow
 def test_in_a_chain(row, expected):
+    """Slow: one program more for every row; `masked` and `inject_hyperparams` wrap it by default."""
     params = params_of()
     chain = optax.chain(optax.scale(0.25), optax.scale(4.0), row.make(), optax.scale(-2.0))
     got = run(jax.jit(as_step(chain, params)), chain.init(params), row.steps(params))
@@ -233,8 +235,10 @@ def test_the_state_can_be_donated(row, expected):
     assert_close(placed.history[: len(expected)], expected)
 
 
-@pytest.mark.parametrize("params", [{}, *slow(0.5)], ids=["no parameters", "one number"])
+@pytest.mark.slow
+@pytest.mark.parametrize("params", [{}, 0.5], ids=["no parameters", "one number"])
 def test_unusual_parameters(row, params):
+    """Slow: one program more for every row."""
     params = jax.tree.map(jnp.float32, params)
     link = row.make()
     first = link.init(params)

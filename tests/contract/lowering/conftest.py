@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.marks import slow
+
 PLATFORMS = ("tpu", "cuda")
 # Eigenvalues and Cholesky, where XLA has no operation of its own. None of them asks the host.
 LIBRARY = {"Eigh", "cusolver_syevd_ffi", "cusolver_potrf_ffi"}
@@ -77,7 +79,7 @@ def params():
     return {"b": np.float32([0.5, -1.0]), "w": weights}
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=["float32", *slow("x64")])
 def check(request):
     """`check(function, *given)`: exports it, finds nothing, returns its products; x64 off and on."""
 
