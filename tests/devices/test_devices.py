@@ -18,7 +18,7 @@ HERE = pathlib.Path(__file__).parent
 
 def test_eight_devices(tmp_path, subtests):
     report = tmp_path / "report.xml"
-    flags = ["-p", "no:cacheprovider", "-p", "no:xdist", f"--junitxml={report}"]
+    flags = ["-p", "no:cacheprovider", "-n0", f"--junitxml={report}"]
     command = [sys.executable, "-m", "pytest", *flags, str(HERE / "eight")]
     environment = os.environ | {"ADABATCH_EIGHT_DEVICES": "1", "PYTEST_ADDOPTS": ""}
     child = subprocess.run(
