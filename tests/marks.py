@@ -1,4 +1,7 @@
-"""Values of a parametrized test that only the slow tests take."""
+"""Values of a parametrized test that only the slow tests take.
+
+Each compiles a program of its own, and shows of another value what the quick ones show already.
+"""
 
 from typing import Any
 

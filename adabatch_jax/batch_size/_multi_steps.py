@@ -200,8 +200,12 @@ def adaptive_multi_steps(
             more = extra_args | {"noise": noise, "value": value, "trace_only": True}
             answer, inner = optimizer.update(updates, state.inner_opt_state, params, **more)
             return answer, state._replace(inner_opt_state=inner)
-        told = dict(value=value, num_examples=num_examples, batch_size=batch_size)
-        told["micro_batch_size"] = micro_batch_size
+        told = dict(
+            value=value,
+            num_examples=num_examples,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+        )
         before = state.gathered_noise
         check_call(updates, before, noise, told)
         controller = controller_state(state.inner_opt_state)

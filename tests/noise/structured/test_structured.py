@@ -11,6 +11,7 @@ from flax import linen as nn, nnx
 
 from adabatch_jax import split_groups
 from adabatch_jax.noise._structured._estimate import value_and_grad_structured
+from tests.marks import slow
 
 N = 6  # examples
 
@@ -194,19 +195,10 @@ def as_users_have_it():
         yield
 
 
-LARGE = (
-    "convolutions",
-    "transformer",
-    "odd",
-    "left",
-    "nnx",
-    "scan",
-)  # slow: programs of many operations
+LARGE = ("convolutions", "transformer", "odd", "left", "nnx", "scan")  # programs of many operations
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow if c in LARGE else []) for c in CASES]
-)
+@pytest.mark.parametrize("case", [*(c for c in CASES if c not in LARGE), *slow(*LARGE)])
 def test_all_statistics_are_those_of_single_examples(case):
     loss, params, batch = CASES[case]()
     structured = partial(value_and_grad_structured, loss)

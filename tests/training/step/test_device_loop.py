@@ -7,6 +7,7 @@ import pytest
 from adabatch_jax.training import Dataset, TrainConfig, TrainingError, load_dataset, resolve, train
 from adabatch_jax.training._loop import Run
 from adabatch_jax.training.models import _classifier
+from tests.marks import slow
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +56,7 @@ CONFIGS = {
     jax.default_backend() != "cpu",
     reason="promised for CPUs: on an H200 the two programs' losses were 2e-7 apart after 20 steps",
 )
-@pytest.mark.parametrize(
-    "name",  # one is quick; the others show the same with rungs and lags in the way of it
-    [
-        pytest.param(name, marks=[] if name == "batch fixed" else pytest.mark.slow)
-        for name in CONFIGS
-    ],
-)
+@pytest.mark.parametrize("name", ["batch fixed", *slow("lag", "non-uniform rungs")])
 def test_the_run_is_the_same_to_the_last_bit(digits, name):
     config = dict(model="logistic", epochs=2, **CONFIGS[name])
     one = made(TrainConfig(**config), digits)
