@@ -7,7 +7,12 @@ user's own, takes part by having them. `tests/contract/test_protocols.py` checks
 
 from __future__ import annotations
 
+import enum
 from typing import Any, Protocol, TypeGuard
+
+import jax
+
+from adabatch_jax._validate import is_traced
 
 
 class ReportsMetrics(Protocol):
@@ -55,6 +60,11 @@ class RemembersDroppedSteps(Protocol):
 
     def after_dropped_step(self, after: Any, used_up: bool) -> Any:
         """This state, with what it keeps of the state `after` the dropped step."""
+
+
+def by_name(kind: type[enum.IntEnum], code: Any) -> Any:
+    """A code as a member of its enumeration on the host, which prints its name; as it is while tracing."""
+    return code if is_traced(code) else kind(int(jax.device_get(code)))
 
 
 def reports_metrics(x: Any) -> TypeGuard[ReportsMetrics]:

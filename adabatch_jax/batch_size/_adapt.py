@@ -166,6 +166,7 @@ def adapt_batch_size(
             largest_batch_size=jnp.array(max_batch_size, jnp.int32),
             last_batch_size=first(),
             examples_clock=zero_clock(),
+            last_gradient_norm=jnp.zeros((), jnp.float32),
             updates_seen=jnp.zeros((), jnp.int32),
             updates_until_test=jnp.zeros((), jnp.int32),
             test_due=jnp.asarray(~permitted.full(size) & criterion.uses_noise),
@@ -227,10 +228,12 @@ def adapt_batch_size(
         tested = jax.lax.cond(due & complete & ~hold & ~at_maximum, look, skip, noise, read, before)
         # A state that was restored beside other calls may hold a size that these do not add up to.
         tested = tested._replace(next_batch_size=sizes.rounded(tested.next_batch_size))
+        square = noise.squared_norm  # NaN, which no metric is, counts as +inf
         until = jnp.where(due, test_interval, state.updates_until_test) - 1
         return updates, state._replace(
             last_batch_size=jnp.asarray(noise.num_examples).astype(jnp.int32),
             examples_clock=clock,
+            last_gradient_norm=jnp.where(square >= 0, jnp.sqrt(square), jnp.inf),
             updates_seen=optax.safe_increment(state.updates_seen),
             updates_until_test=until.astype(jnp.int32),
             test_due=(until == 0) & ~sizes.full(tested.next_batch_size) & criterion.uses_noise,

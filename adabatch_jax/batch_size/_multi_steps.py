@@ -15,7 +15,12 @@ from adabatch_jax._tree import cast_like, wide, widen
 from adabatch_jax._types import AxisName, PyTree
 from adabatch_jax.batch_size._call import check_call, check_first_batch, is_complete
 from adabatch_jax.batch_size._gather import Wrapping, averaged_already, call_of, gather
-from adabatch_jax.batch_size._read_state import controller_state, needs_noise, returns_made
+from adabatch_jax.batch_size._read_state import (
+    controller_state,
+    find_controller,
+    needs_noise,
+    returns_made,
+)
 from adabatch_jax.batch_size._run_if import run_if, unmoved
 from adabatch_jax.batch_size._trained import Leaves, moved_leaves
 from adabatch_jax.noise import GradientNoise
@@ -31,6 +36,7 @@ class AdaptiveMultiStepsState(NamedTuple):
     skipped_call: jax.Array  # bool: the last call, or a device's part of it, was left out
     gathered_noise: GradientNoise  # of the micro-batches since the last step
     gathered_value: jax.Array  # float32: their mean loss
+    last_loss: jax.Array  # float32: that of the last complete batch; 0 before, and without `value=`
     micro_batches: jax.Array  # int32: gathered since the last step
     examples_offered: jax.Array  # int32: behind those, the skipped ones included
     largest_call: jax.Array  # int32: most examples that one call has brought so far
@@ -39,9 +45,26 @@ class AdaptiveMultiStepsState(NamedTuple):
     averaged_gradients_seen: jax.Array  # int32: batches for which that was so
     inner_opt_state: Any
 
+    # The names of `optax.MultiStepsState`, for code that was written for it.
+    @property
+    def mini_step(self) -> jax.Array:
+        """int32: calls since the last optimizer step."""
+        return self.micro_batches
+
+    @property
+    def gradient_step(self) -> jax.Array:
+        """int32: optimizer steps so far."""
+        return find_controller(self.inner_opt_state).updates_seen
+
+    @property
+    def acc_grads(self) -> PyTree:
+        """The mean gradient of these calls, in float32 at least; before the first it means nothing."""
+        return self.gathered_noise.mean
+
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""
         return {
+            "loss": self.last_loss,
             "micro_batches": self.micro_batches,
             "skipped_micro_batches": self.skipped_micro_batches,
             "averaged_gradients": self.averaged_gradients_seen,
@@ -174,6 +197,7 @@ def adaptive_multi_steps(
                 coordinate_scatter=scatter,
             ),
             gathered_value=jnp.zeros((), jnp.float32),
+            last_loss=jnp.zeros((), jnp.float32),
             micro_batches=jnp.zeros((), jnp.int32),
             examples_offered=jnp.zeros((), jnp.int32),
             largest_call=jnp.zeros((), jnp.int32),
@@ -268,6 +292,7 @@ def adaptive_multi_steps(
             skipped_call=(call.skipped > 0) | (call.noise.num_examples == 0),
             gathered_noise=gathered.left(parts, before, empty),
             gathered_value=gathered.loss,
+            last_loss=jnp.where(emit & (joint.num_examples > 0), gathered.loss, state.last_loss),
             micro_batches=(state.micro_batches + 1) * empty,
             examples_offered=offered * empty,
             largest_call=largest_call,

@@ -106,10 +106,19 @@ def _controllers(opt_state: PyTree) -> list[AdaptBatchSizeState]:
 
 
 def controller_state(opt_state: PyTree, reader: str = "get_batch_size") -> AdaptBatchSizeState:
-    """The one batch-size controller in `opt_state`.
+    """The one batch-size controller in `opt_state`, freed from leading axes.
 
     Raises:
       ValueError: there is none, or more than one, or a stack of different ones.
+    """
+    return _plain(find_controller(opt_state), reader)
+
+
+def find_controller(opt_state: PyTree) -> AdaptBatchSizeState:
+    """The one batch-size controller in `opt_state`, as it stands there.
+
+    Raises:
+      ValueError: there is none, or more than one.
     """
     found = _controllers(opt_state)
     if not found:
@@ -129,7 +138,7 @@ def controller_state(opt_state: PyTree, reader: str = "get_batch_size") -> Adapt
             f"{len(found)} batch-size controllers in this optimizer state, and a step has one batch "
             "size: keep a single adapt_batch_size, outside optax.partition"
         )
-    return _plain(found[0], reader)
+    return found[0]
 
 
 def last_call(opt_state: PyTree, reader: str = "metrics") -> tuple[jax.Array, jax.Array]:
@@ -251,13 +260,21 @@ def metrics(opt_state: PyTree) -> dict[str, Any]:
     The keys depend on the links alone, never on the numbers. No number is NaN in a healthy run: what was
     not measured is 0.
 
-    `batch_size` (examples that the last optimizer step used; before there was one, those that the first
-    will use), `next_batch_size` (as `get_batch_size`), `num_examples` (used by all steps so far: a Python
-    int on the host, float32 inside jit), `noise_scale` (tr Σ / ‖∇F‖², averaged over some ten tests, for
-    display; 0 before the first test, +inf where no signal shows), `test_status` (`BatchSizeStatus`),
-    `skipped_tests`, and of the last update's test `noise_numerator`, `noise_denominator`,
-    `required_batch_size` (+inf where no size is large enough) and `degrees_of_freedom`: all four are 0
-    if it made none, or had no usable evidence, and the last is 0 just then.
+    * `optimizer_steps`: made so far; int32.
+    * `num_examples`: used by all of them: a Python int on the host, float32 inside jit.
+    * `batch_size`: examples that the last step used; before there was one, those that the first will use.
+    * `next_batch_size`: as `get_batch_size`.
+    * `gradient_norm`: ‖ḡ‖ of the last step's batch as it was measured, before what stands behind the
+      controller, such as clipping; +inf if not finite.
+    * `noise_scale`: tr Σ / ‖∇F‖², averaged over some ten tests, for display; 0 before the first test, +inf
+      where no signal shows.
+    * `test_status`: a `BatchSizeStatus`, which prints its name, on the host; its int32 inside jit.
+    * `skipped_tests`: how many had no usable evidence.
+    * `noise_numerator`, `noise_denominator`, `required_batch_size` (+inf where no size is large enough),
+      `degrees_of_freedom`: of the last update's test. All four are 0 if it made none, or had no usable
+      evidence, and the last is 0 just then.
+    * `loss`, with `adaptive_multi_steps`: the mean loss of the last complete batch; 0 where no `value=` is
+      given. (Fused, it is the value that you have.)
 
     `skipped`: the last call left its gradient out, as `adaptive_multi_steps`, `optax.apply_if_finite` and
     `optax.MultiSteps` with `should_skip_update_fn` do; False where nothing can. (`apply_if_finite` gives

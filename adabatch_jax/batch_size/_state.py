@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax._clock import as_int
+from adabatch_jax._protocols import by_name
 from adabatch_jax._types import PyTree
 
 
@@ -65,6 +66,7 @@ class AdaptBatchSizeState(NamedTuple):
     largest_batch_size: jax.Array  # int32: max_batch_size
     last_batch_size: jax.Array  # int32: examples of the last step; before it, of the first
     examples_clock: jax.Array  # uint32 [2]: examples used so far
+    last_gradient_norm: jax.Array  # float32: ‖ḡ‖ of the last step's batch
     updates_seen: jax.Array  # int32: saturates
     updates_until_test: jax.Array  # int32: 0 where the next update is due for a test
     test_due: jax.Array  # bool: the next update looks at the noise, unless it is held
@@ -89,11 +91,13 @@ class AdaptBatchSizeState(NamedTuple):
             "batch_size": self.last_batch_size,
             "next_batch_size": self.next_batch_size,
             "num_examples": as_int(self.examples_clock),
+            "optimizer_steps": self.updates_seen,
+            "gradient_norm": self.last_gradient_norm,
             "noise_scale": jnp.where(seen, scale, 0.0),
             "noise_numerator": jnp.where(tested, last.test_numerator, 0.0),
             "noise_denominator": jnp.where(tested, last.test_denominator, 0.0),
             "degrees_of_freedom": jnp.where(tested, last.test_degrees_of_freedom, 0),
             "required_batch_size": jnp.where(tested, last.required_batch_size, 0.0),
-            "test_status": last.test_status,
+            "test_status": by_name(BatchSizeStatus, last.test_status),
             "skipped_tests": last.skipped_tests,
         }

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax._clock import as_float
+from adabatch_jax._protocols import by_name
 from adabatch_jax.learning_rate._divergence import LossLevel
 from adabatch_jax.learning_rate._loss_history import LossHistory
 from adabatch_jax.learning_rate._step_length import StepLength
@@ -129,8 +130,8 @@ class ScaleByAutowuState(NamedTuple):
         ended = self.warmup_end != WarmupEnd.RUNNING
         return {
             "learning_rate": self.autowu_learning_rate,
-            "phase": self.autowu_phase,
-            "warmup_end": self.warmup_end,
+            "phase": by_name(AutowuPhase, self.autowu_phase),
+            "warmup_end": by_name(WarmupEnd, self.warmup_end),
             "minimum_found": self.minimum_found,
             "peak_learning_rate": jnp.where(ended, self.peak_learning_rate, 0.0),
             **self.last_warmup_test._asdict(),

@@ -30,6 +30,8 @@ KEYS = {
     "next_batch_size",
     "skipped",
     "num_examples",
+    "optimizer_steps",
+    "gradient_norm",
     "noise_scale",
     "noise_numerator",
     "noise_denominator",
@@ -154,7 +156,7 @@ def test_the_keys_do_not_depend_on_the_numbers(make_noise):
 
 def test_other_links_add_keys_of_their_own():
     state = adaptive_multi_steps(controller(), micro_batch_size=8).init(PARAMS)
-    added = {"micro_batches", "skipped_micro_batches", "averaged_gradients"}
+    added = {"loss", "micro_batches", "skipped_micro_batches", "averaged_gradients"}
     assert set(metrics(state)) == KEYS | added
 
 
@@ -386,3 +388,26 @@ def test_calls_of_optax_multi_steps_are_told_apart(make_noise):
         assert has_updated(state) == (optimizer.has_updated(state) & ~metrics(state)["skipped"])
     gathers, steps, skips = (False, False), (False, True), (True, False)
     assert seen == [gathers, gathers, steps, skips, gathers, steps]
+
+
+def test_a_loop_of_optax_multi_steps_finds_its_names():
+    optimizer = adaptive_multi_steps(
+        optax.chain(controller(initial=16), optax.sgd(1.0)), micro_batch_size=8
+    )
+    state, seen = optimizer.init(PARAMS), []
+    for call, loss in enumerate((1.0, 3.0, 9.0)):
+        gradient = jnp.array([3.0, 4.0]) if call < 2 else jnp.ones(2)
+        _, state = optimizer.update(gradient, state, PARAMS, value=jnp.array(loss))
+        shown = metrics(state)
+        seen.append((int(state.mini_step), int(state.gradient_step), float(shown["loss"])))
+        assert shown["optimizer_steps"] == state.gradient_step
+    assert seen == [(1, 0, 0.0), (0, 1, 2.0), (1, 1, 2.0)]
+    assert shown["gradient_norm"] == 5.0
+    np.testing.assert_array_equal(state.acc_grads, [1.0, 1.0])
+
+
+def test_a_status_is_a_name_on_the_host_and_a_number_inside_jit(make_noise):
+    link, noise = controller(), make_noise(trace=100)
+    _, state = link.update(noise.mean, link.init(PARAMS), noise=noise)
+    assert metrics(state)["test_status"] is BatchSizeStatus.CHANGED
+    assert jax.jit(metrics)(state)["test_status"].dtype == jnp.int32
