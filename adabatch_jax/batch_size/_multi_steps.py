@@ -22,6 +22,7 @@ from adabatch_jax.batch_size._read_state import (
     returns_made,
 )
 from adabatch_jax.batch_size._run_if import run_if, unmoved
+from adabatch_jax.batch_size._step_schedules import warn_of_step_schedules
 from adabatch_jax.batch_size._trained import Leaves, moved_leaves
 from adabatch_jax.noise import GradientNoise
 
@@ -181,6 +182,8 @@ def adaptive_multi_steps(
 
     def init(params: PyTree) -> AdaptiveMultiStepsState:
         inner = optimizer.init(params)
+        if controller_state(inner).may_change:
+            warn_of_step_schedules("adaptive_multi_steps", inner)
         if micro_batch_size is not None:
             check_first_batch(controller_state(inner).next_batch_size, micro_batch_size, 1, 1)
         scatter = None

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adabatch_jax._clock import as_int
 from adabatch_jax._protocols import by_name
 from adabatch_jax._types import PyTree
+from adabatch_jax._validate import is_traced
 
 
 class BatchSizeStatus(enum.IntEnum):
@@ -72,6 +74,12 @@ class AdaptBatchSizeState(NamedTuple):
     test_due: jax.Array  # bool: the next update looks at the noise, unless it is held
     size_memory: SizeMemory
     last_size_test: SizeRecord
+
+    @property
+    def may_change(self) -> bool:
+        """Whether the first batch may be followed by another; True where that is traced."""
+        sizes = self.next_batch_size, self.largest_batch_size
+        return any(map(is_traced, sizes)) or bool(np.any(np.not_equal(*jax.device_get(sizes))))
 
     def after_dropped_step(self, after: AdaptBatchSizeState, used_up: bool) -> AdaptBatchSizeState:
         """This state, with the clock of the one after a dropped step whose examples are used up."""

@@ -5,7 +5,8 @@
   measures the batch size that it needs.
 * `follow_batch_size` lets any other hyperparameter follow it: by `scaled_beta`, `scaled_eps` and
   `scaled_weight_decay`. `scaled_average` does it for an average of the parameters.
-* `scale_by_example_schedule` applies a schedule over examples instead of steps.
+* `scale_by_example_schedule` applies a schedule over examples instead of steps; `by_examples` makes any
+  optimizer of Optax read its own schedules so.
 * `scale_by_autowu` finds the learning rate by itself: it warms up until the loss has passed its
   minimum, goes back to the rate there, and decays. `scale_by_improved_autowu` is the form to start
   with, and `return_to_minimum` around the optimizer takes the parameters back as well.
@@ -20,12 +21,14 @@ time, and leaves nothing to chance. `_posterior_test.py` says what both are aske
 
 For other rooms: `probe_direction` tells the traits of a direction (`DirectionTraits`), `batch_sizes`
 reads a batch size from what `update` is told, `share_of_new` is 1 − β for a batch,
-`LEAST_WARMUP_STEPS` the shortest warm-up.
+`LEAST_WARMUP_STEPS` the shortest warm-up; `Hyperparameters` and `scheduled_by_examples` are what
+`by_examples` is made of.
 """
 
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
 from adabatch_jax.learning_rate._autowu_preset import scale_by_improved_autowu
 from adabatch_jax.learning_rate._autowu_state import AutowuPhase, WarmupEnd
+from adabatch_jax.learning_rate._by_examples import by_examples
 from adabatch_jax.learning_rate._hyperparameter_rules import (
     follow_batch_size,
     scaled_average,
@@ -49,6 +52,7 @@ __all__ = [
     "AutowuPhase",
     "SmoothedLosses",
     "WarmupEnd",
+    "by_examples",
     "follow_batch_size",
     "linear_scaling",
     "random_matrix_scaling",
