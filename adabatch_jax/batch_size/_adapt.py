@@ -12,6 +12,7 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._clock import advance, as_float, zero_clock
+from adabatch_jax._loss import loss_of_call
 from adabatch_jax._types import PyTree
 from adabatch_jax.batch_size._arguments import (
     as_criterion,
@@ -65,7 +66,7 @@ def adapt_batch_size(
 
     * `noise=`: a `GradientNoise`, measured before any clipping.
     * `hold_batch_size=`: bool, may be traced: skip the test.
-    * what the criterion reads, such as `value=` for `cabs`.
+    * what the criterion reads, such as `value=` (or `loss=`) for `cabs`.
     * `trained=`: bools like the parameters (see `trained_parameters`): coordinates of the others are no
       part of a coordinate-wise test.
     * `emit=` and `batch_size_multiple=`, which `adaptive_multi_steps` passes. The latter is a Python
@@ -220,7 +221,9 @@ def adapt_batch_size(
             return before._replace(last_size_test=last)
 
         clock = advance(state.examples_clock, noise.num_examples)
-        read = read_arguments(criterion, {**extra_args, "examples_seen": as_float(clock)})
+        value = loss_of_call(extra_args.get("value"), extra_args)
+        known = {**extra_args, "value": value, "examples_seen": as_float(clock)}
+        read = read_arguments(criterion, known)
         # Without `emit` the batch is not complete, and adaptive_multi_steps drops what we return.
         complete = jnp.asarray(emit).astype(bool)
         before = Decision(*(getattr(state, name) for name in Decision._fields))
