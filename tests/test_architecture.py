@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "adabatch_jax"
 
 # Unit (room, top-level module, or "" for the facade) -> the units it may import besides itself.
-TOOLS = {"_axes", "_clock", "_dropped", "_protocols", "_tree", "_types", "_validate"}
+TOOLS = {"_axes", "_clock", "_dropped", "_loss", "_protocols", "_tree", "_types", "_validate"}
 CORE = {
     **dict.fromkeys(TOOLS, TOOLS),
     "noise": TOOLS,

@@ -12,10 +12,12 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax._clock import advance, as_float, zero_clock
+from adabatch_jax._loss import loss_of_call
 from adabatch_jax._types import PyTree
 from adabatch_jax.batch_size._arguments import (
     as_criterion,
     let_through,
+    one_ema_decay,
     read_arguments,
     zero_evidence,
 )
@@ -42,9 +44,10 @@ def adapt_batch_size(
     growth_limit: Any = None,
     monotone: bool = True,
     test_interval: int = 1,
-    smoothing: Any = None,
+    ema_decay: Any = None,
     debias: bool = False,
     dataset_size: int | None = None,
+    smoothing: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Decides the batch size of the next step from the noise of the present gradient.
 
@@ -65,7 +68,7 @@ def adapt_batch_size(
 
     * `noise=`: a `GradientNoise`, measured before any clipping.
     * `hold_batch_size=`: bool, may be traced: skip the test.
-    * what the criterion reads, such as `value=` for `cabs`.
+    * what the criterion reads, such as `value=` (or `loss=`) for `cabs`.
     * `trained=`: bools like the parameters (see `trained_parameters`): coordinates of the others are no
       part of a coordinate-wise test.
     * `emit=` and `batch_size_multiple=`, which `adaptive_multi_steps` passes. The latter is a Python
@@ -87,31 +90,32 @@ def adapt_batch_size(
       growth_limit: largest factor (> 1) by which one test may enlarge the batch, before rounding up;
         None: no limit.
       monotone: whether the batch never shrinks. A monotone batch turns lucky estimates into growth;
-        with few groups prefer `smoothing` and `debias`.
+        with few groups prefer `ema_decay` and `debias`.
       test_interval: updates from one test to the next; in between nothing is computed.
-      smoothing: decay d in [0, 1) of an exponential average of numerator and denominator, each by
+      ema_decay: decay d in [0, 1) of an exponential average of numerator and denominator, each by
         itself; None: every test stands alone. Use it together with `debias`: by an average of the
         *biased* denominator a batch settles at N (1/η² − 1), N the noise scale, instead of N/η², and at
         η ≥ 1 it never grows, which is refused.
       debias: compare with ‖ḡ‖² − tr Σ / b, an unbiased estimate of ‖∇F‖², instead of ‖ḡ‖². T is then
-        the noise scale over η² at any batch size, but heavy-tailed: use it together with `smoothing`.
+        the noise scale over η² at any batch size, but heavy-tailed: use it together with `ema_decay`.
         Where the estimate is not positive no size is large enough, and the batch grows by
         `growth_limit`, or doubles.
       dataset_size: number n of examples, sampled without replacement. The mean of b of them has a
         variance of tr Σ / b · (n − b)/n, so T becomes T n/(n + T), never more than n, and `debias`
         takes off tr Σ / b · (n − b)/n. None: infinitely many.
+      smoothing: another name of `ema_decay`.
 
     Returns:
       A `GradientTransformationExtraArgs`. Under `optax.inject_hyperparams`, `growth_limit` and
-      `smoothing` may be injected; the static_args are criterion, initial_batch_size, max_batch_size,
+      `ema_decay` may be injected; the static_args are criterion, initial_batch_size, max_batch_size,
       min_batch_size, multiple_of, test_interval, dataset_size (and the two booleans).
 
     Raises:
       ValueError: sizes not positive or out of order; `multiple_of` does not divide them;
-        `growth_limit` ≤ 1; `smoothing` outside [0, 1), or without `debias` where the batch could never
-        grow; `debias` with a plain function as criterion; at trace time, a missing `noise=` or one of
-        other parameters, a missing extra argument that the criterion reads or one that is no scalar, a
-        `batch_size_multiple` above `max_batch_size`.
+        `growth_limit` ≤ 1; `ema_decay` outside [0, 1), given under both names, or without `debias` where
+        the batch could never grow; `debias` with a plain function as criterion; at trace time, a missing
+        `noise=` or one of other parameters, a missing extra argument that the criterion reads or one
+        that is no scalar, a `batch_size_multiple` above `max_batch_size`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -137,12 +141,13 @@ def adapt_batch_size(
         _validate.positive(where, growth_limit=growth_limit)
         if _validate.is_static(growth_limit) and growth_limit <= 1:
             raise ValueError(f"adapt_batch_size: growth_limit must exceed 1, got {growth_limit!r}")
-    if smoothing is not None:
-        _validate.between(where, 0.0, 1.0, smoothing=smoothing)
+    name, ema_decay = one_ema_decay(ema_decay, smoothing)
+    if ema_decay is not None:
+        _validate.between(where, 0.0, 1.0, **{name: ema_decay})
     if dataset_size is not None:
         _validate.positive_int(where, dataset_size=dataset_size)
-    criterion = as_criterion(criterion, debias, smoothing)
-    rules = Rules(criterion, smoothing, debias)
+    criterion = as_criterion(criterion, debias, name, ema_decay)
+    rules = Rules(criterion, ema_decay, debias)
     population = dataset_size if criterion.uses_noise else None
     permitted = Sizes(
         min_batch_size, max_batch_size, multiple_of, growth_limit, monotone, population
@@ -171,7 +176,7 @@ def adapt_batch_size(
             updates_until_test=jnp.zeros((), jnp.int32),
             test_due=jnp.asarray(~permitted.full(size) & criterion.uses_noise),
             size_memory=SizeMemory(
-                evidence_ema=() if smoothing is None else zero_evidence(criterion, params),
+                evidence_ema=() if ema_decay is None else zero_evidence(criterion, params),
                 evidence_weight=jnp.zeros((), jnp.float32),
                 two_group_examples=jnp.zeros((), jnp.int32),
             ),
@@ -221,7 +226,9 @@ def adapt_batch_size(
             return before._replace(last_size_test=last)
 
         clock = advance(state.examples_clock, noise.num_examples)
-        read = read_arguments(criterion, {**extra_args, "examples_seen": as_float(clock)})
+        value = loss_of_call(extra_args.get("value"), extra_args)
+        known = {**extra_args, "value": value, "examples_seen": as_float(clock)}
+        read = read_arguments(criterion, known)
         # Without `emit` the batch is not complete, and adaptive_multi_steps drops what we return.
         complete = jnp.asarray(emit).astype(bool)
         before = Decision(*(getattr(state, name) for name in Decision._fields))

@@ -15,20 +15,20 @@ from adabatch_jax.noise import GradientNoise
 
 
 def as_criterion(
-    criterion: Criterion | Callable[[GradientNoise], Any], debias: bool, smoothing: Any
+    criterion: Criterion | Callable[[GradientNoise], Any], debias: bool, name: str, ema_decay: Any
 ) -> Criterion:
-    """A criterion that fits the two options; a plain function becomes one.
+    """A criterion that fits `debias` and the decay called `name`; a plain function becomes one.
 
     Raises:
       ValueError: it does not.
     """
     if isinstance(criterion, Criterion):
-        averaged = isinstance(smoothing, int | float) and smoothing > 0
+        averaged = isinstance(ema_decay, int | float) and ema_decay > 0
         if averaged and criterion.needs_debias and not (debias or criterion.debias):
             raise ValueError(
-                f"adapt_batch_size: with smoothing={smoothing!r} and without debias=True, {criterion.name} "
+                f"adapt_batch_size: with {name}={ema_decay!r} and without debias=True, {criterion.name} "
                 "never asks for a larger batch at a threshold of 1 or more, since the average of ‖ḡ‖² "
-                "holds tr Σ / b, too: add debias=True, or lower the threshold, or leave smoothing out"
+                f"holds tr Σ / b, too: add debias=True, or lower the threshold, or leave {name} out"
             )
         return criterion
     if not callable(criterion):
@@ -44,6 +44,22 @@ def as_criterion(
         return Evidence(required, jnp.ones((), jnp.float32), jnp.zeros((), jnp.float32))
 
     return Criterion(getattr(criterion, "__name__", "criterion"), evidence)
+
+
+def one_ema_decay(ema_decay: Any, smoothing: Any) -> tuple[str, Any]:
+    """The decay of the average, and the name under which it was given.
+
+    Raises:
+      ValueError: it was given under both.
+    """
+    if smoothing is None:
+        return "ema_decay", ema_decay
+    if ema_decay is not None:
+        raise ValueError(
+            "adapt_batch_size: smoothing is another name of ema_decay: give one of them, got "
+            f"ema_decay={ema_decay!r} and smoothing={smoothing!r}"
+        )
+    return "smoothing", smoothing
 
 
 def read_arguments(criterion: Criterion, known: dict[str, Any]) -> dict[str, jax.Array]:

@@ -229,7 +229,7 @@ def gradient_noise_scale(multiple: Any = 1.0) -> Criterion:
     """The simple gradient noise scale as batch size: B = tr Σ / ‖∇F‖².
 
     ‖∇F‖² is estimated without bias by ‖ḡ‖² − tr Σ / b, which can be negative by chance: average over
-    steps (`adapt_batch_size(..., smoothing=0.9)`). Below B a larger batch saves steps almost for
+    steps (`adapt_batch_size(..., ema_decay=0.9)`). Below B a larger batch saves steps almost for
     free; above it, it mostly costs examples.
 
     Args:

@@ -24,7 +24,7 @@ class Rules:
     """How a test judges: arguments of `adapt_batch_size`. `Sizes` has those about the sizes themselves."""
 
     criterion: Criterion
-    smoothing: Any
+    ema_decay: Any
     debias: bool
 
     @property
@@ -87,7 +87,7 @@ def decide(
     new = corrected(criterion, evidence, noise, debias=rules.debias, population=left)
     usable = _usable(rules, noise, square, evidence)
 
-    ema, weight, averaged = _averaged(rules.smoothing, usable.all, memory, new)
+    ema, weight, averaged = _averaged(rules.ema_decay, usable.all, memory, new)
     if trained is not None and criterion.coordinate_wise:
         averaged = tuple(only_trained(tree, trained) for tree in averaged)
     numerator, denominator = criterion.summarize(*averaged)
@@ -179,13 +179,13 @@ def _usable(rules: Rules, noise: GradientNoise, square: jax.Array, evidence: PyT
 
 
 def _averaged(
-    smoothing: Any, usable: jax.Array, memory: SizeMemory, new: PyTree
+    ema_decay: Any, usable: jax.Array, memory: SizeMemory, new: PyTree
 ) -> tuple[PyTree, jax.Array, PyTree]:
     """The running averages and their weight with the `new` evidence, and the averages to decide by."""
     ema, weight = memory.evidence_ema, memory.evidence_weight
-    if smoothing is None:
+    if ema_decay is None:
         return ema, weight, new
-    decay = jnp.minimum(jnp.asarray(smoothing, jnp.float32), 1.0 - 1e-6)
+    decay = jnp.minimum(jnp.asarray(ema_decay, jnp.float32), 1.0 - 1e-6)
     weight = jnp.where(usable, decay * weight + (1 - decay), weight)
     ema = _blend(usable, decay, ema, new)
     start = jnp.where(weight > 0, weight, 1.0)

@@ -11,6 +11,7 @@ import optax
 from adabatch_jax import _validate
 from adabatch_jax._axes import axis_tuple
 from adabatch_jax._dropped import state_after_dropped_step
+from adabatch_jax._loss import loss_of_call
 from adabatch_jax._tree import cast_like, wide, widen
 from adabatch_jax._types import AxisName, PyTree
 from adabatch_jax.batch_size._call import check_call, check_first_batch, is_complete
@@ -90,7 +91,8 @@ def adaptive_multi_steps(
 
     `update` reads, all by keyword:
 
-    * `value=`: the mean loss of the micro-batch, a scalar.
+    * `value=`, or without it `loss=`: the mean loss of the micro-batch, a scalar. Links inside get the
+      mean over the batch as `value=`, and by the name of the call.
     * `num_examples=`: what stands behind *this* call's gradient, traced, in the unit of the batch sizes.
       Calls are weighted by it, so that a ragged micro-batch counts for what it holds. With a loss
       averaged over tokens give the number of its tokens, and all batch sizes in tokens: the gradient
@@ -223,6 +225,8 @@ def adaptive_multi_steps(
         trace_only: bool = False,
         **extra_args: Any,
     ) -> tuple[PyTree, AdaptiveMultiStepsState]:
+        by_other_name = value is None and "loss" in extra_args
+        value = loss_of_call(value, extra_args)
         if trace_only:  # `trained_parameters` asks what the optimizer moves
             more = extra_args | {"noise": noise, "value": value, "trace_only": True}
             answer, inner = optimizer.update(updates, state.inner_opt_state, params, **more)
@@ -268,6 +272,8 @@ def adaptive_multi_steps(
             told_loss = jnp.where(lost, jnp.nan, told_loss)
         if value is not None:  # in float32 at least: a mean of bfloat16 losses is none any more
             extra_args["value"] = told_loss.astype(wide(jnp.result_type(value)))
+            if by_other_name:
+                extra_args["loss"] = extra_args["value"]
         if num_examples is not None:
             extra_args["num_examples"] = joint.num_examples
         held = jnp.asarray(hold_batch_size).astype(bool) | averaged

@@ -21,7 +21,7 @@ def cabs(learning_rate: float | Schedule, *, lowest_loss: float = 0.0) -> Criter
     of the step, so give a rate that is, or take a criterion without one.
 
     `update` must be given `value=`, the mean loss L. The source averages tr Σ and L and lets the batch
-    shrink: `adapt_batch_size(cabs(0.1), ..., smoothing=0.95, monotone=False)`. A rate that warms up from 0
+    shrink: `adapt_batch_size(cabs(0.1), ..., ema_decay=0.95, monotone=False)`. A rate that warms up from 0
     asks for no examples at first: the batch then falls to `min_batch_size`, or to two groups, and rises
     with the rate.
 
@@ -68,7 +68,7 @@ def batch_size_schedule(schedule: Schedule) -> Criterion:
     A ramp is `optax.linear_schedule(64, 4096, 100_000)`, stairs are
     `optax.piecewise_constant_schedule(64, {60_000: 4, 120_000: 4})`, with `initial_batch_size=64`. Other
     options of `adapt_batch_size` hold: sizes are rounded up to `multiple_of`, and one that falls needs
-    `monotone=False`. Leave `smoothing` out, which would delay it. The noise is not looked at:
+    `monotone=False`. Leave `ema_decay` out, which would delay it. The noise is not looked at:
     `needs_noise` says False, and one group, a zero or a NaN gradient do not stop the ramp.
 
     Args:

@@ -11,6 +11,7 @@ import optax
 from adabatch_jax import _validate
 from adabatch_jax._axes import axis_tuple, checked_axes, to_varying
 from adabatch_jax._clock import zero_clock
+from adabatch_jax._loss import loss_of_call
 from adabatch_jax._tree import scale
 from adabatch_jax._types import AxisName, PyTree
 from adabatch_jax.learning_rate._autowu_plan import Plan, read_clock
@@ -84,10 +85,10 @@ def scale_by_autowu(
 
     The defaults are the paper's. `scale_by_improved_autowu` has what we found to work better.
 
-    `update` reads `value=`, the loss of this step's batch: the rate of step t depends on the losses
-    of the steps before it alone. With the examples clock it also reads the examples of the step from
-    `noise=` (`noise.num_examples`) or `num_examples=`. `emit=False` (`adaptive_multi_steps` passes
-    it) keeps the test, the only expensive part, out of a call whose result will be dropped. Losses
+    `update` reads `value=` (or `loss=`), the loss of this step's batch: the rate of step t depends on
+    the losses of the steps before it alone. With the examples clock it also reads the examples of the
+    step from `noise=` (`noise.num_examples`) or `num_examples=`. `emit=False` (`adaptive_multi_steps`
+    passes it) keeps the test, the only expensive part, out of a call whose result will be dropped. Losses
     that are not finite are left out and counted. Losses are followed in float32. When the total is used
     up the rate is 0, and stays 0 however long training goes on.
 
@@ -251,7 +252,7 @@ def scale_by_autowu(
         emit: Any = True,
         **extra_args: Any,
     ) -> tuple[PyTree, ScaleByAutowuState]:
-        del extra_args
+        value = loss_of_call(value, extra_args)
         if value is None:
             raise ValueError(
                 "scale_by_autowu needs the loss: call optimizer.update(gradient, state, params, "

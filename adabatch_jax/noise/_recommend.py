@@ -57,7 +57,7 @@ def recommend_estimator(
 
     with ν_k as in `value_and_grad_signs`, about k. The times are models: a gradient takes as long as
     its examples and a = `group_overhead` more, which go by moving the parameters' memory; and a
-    backward pass takes two thirds of a gradient. Averaging over steps (`smoothing`) multiplies ν as
+    backward pass takes two thirds of a gradient. Averaging over steps (`ema_decay`) multiplies ν as
     well, and costs nothing.
 
     Args:

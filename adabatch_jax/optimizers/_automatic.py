@@ -24,7 +24,7 @@ from adabatch_jax.learning_rate import (
 from adabatch_jax.noise import GradientNoise
 
 ETA = 1.5  # of the norm test
-BATCH_SIZE_OPTIONS = dict(smoothing=0.9, debias=True, growth_limit=1.1)
+BATCH_SIZE_OPTIONS = dict(ema_decay=0.9, debias=True, growth_limit=1.1)
 WARMUP = 0.1  # of the run, at most
 LEAST_STEPS = 40  # of a warm-up that finds a rate: two for each test
 # Without one: how long a first step may be against the parameters. By the factor on the peak: steps that
@@ -97,7 +97,7 @@ def automatic(
         proportional to it (SGD, momentum). If it is given, the direction is not tried.
       autowu_options: passed to `scale_by_improved_autowu`; max_warmup_fraction=0.1, the factor above
         as peak_factor and the bound as max_relative_step (4 and None with `scaling`) by default.
-      **batch_size_options: passed to `adapt_batch_size`; smoothing=0.9, debias=True and
+      **batch_size_options: passed to `adapt_batch_size`; ema_decay=0.9, debias=True and
         growth_limit=1.1 by default.
 
     Returns:
@@ -128,11 +128,14 @@ def automatic(
     """
     _validate.positive_int("automatic", total_examples=total_examples)
     batch_size_options = _validate.keywords("batch_size_options", batch_size_options)
+    defaults: dict[str, Any] = dict(BATCH_SIZE_OPTIONS)
+    if "smoothing" in batch_size_options:  # another name of the same
+        del defaults["ema_decay"]
     controller = adapt_batch_size(
         norm_test(ETA) if criterion is None else criterion,
         initial_batch_size=initial_batch_size,
         max_batch_size=max_batch_size,
-        **{**BATCH_SIZE_OPTIONS, **batch_size_options},
+        **(defaults | batch_size_options),
     )
     traits = (
         DirectionTraits(scaling) if scaling else probe_direction(direction, "automatic", _REMEDY)

@@ -152,12 +152,12 @@ class TrainConfig:
     @property
     def averaging(self) -> tuple[float | None, bool]:
         """Decay of the average over tests, and whether the noise is taken out, given or by default."""
-        smoothing, debias, test = self.smoothing, self.debias, CRITERIA[self.criterion]
-        if self.auto and smoothing is None:
-            smoothing = BATCH_SIZE_OPTIONS["smoothing"]
+        ema_decay, debias, test = self.smoothing, self.debias, CRITERIA[self.criterion]
+        if self.auto and ema_decay is None:
+            ema_decay = BATCH_SIZE_OPTIONS["ema_decay"]
         if debias is None:
             debias = self.auto or (test is not None and test.debiased)
-        return smoothing, debias
+        return ema_decay, debias
 
     @property
     def output(self) -> Path:

@@ -133,13 +133,13 @@ def _check_test(config: Any) -> None:
     if test is not None and test.debiased and config.debias is False:
         told = said("criterion", config.criterion)
         _refuse(config, f"{told} is de-biased by definition", "debias")
-    thresholds, (smoothing, debias) = config.thresholds, config.averaging
-    if smoothing and not debias and thresholds and min(thresholds.values()) >= 1:
+    thresholds, (ema_decay, debias) = config.thresholds, config.averaging
+    if ema_decay and not debias and thresholds and min(thresholds.values()) >= 1:
         told = ", ".join(
             said(k, v) + (" by default" if getattr(config, k) is None else "")
             for k, v in thresholds.items()
         )
-        averages = said("smoothing", smoothing)
+        averages = said("smoothing", ema_decay)
         averages += " (by default with --auto)" if config.smoothing is None else ""
         raise ValueError(
             f"train: {averages} without --debias could never enlarge the batch where the threshold is 1 "

@@ -66,7 +66,7 @@ def _automatic(
             max_batch_size=plan.max_batch_size,
             criterion=build_criterion(plan),
             autowu_options={"warmup_over": warmup_over},
-            smoothing=plan.smoothing,
+            ema_decay=plan.ema_decay,
             debias=plan.debias,
             growth_limit=plan.growth_limit,
         )
@@ -78,7 +78,7 @@ def _controller(plan: RunPlan) -> optax.GradientTransformationExtraArgs:
         criterion or adabatch.norm_test(1.0),
         initial_batch_size=plan.initial_batch_size,
         max_batch_size=plan.initial_batch_size if criterion is None else plan.max_batch_size,
-        smoothing=plan.smoothing,
+        ema_decay=plan.ema_decay,
         debias=plan.debias,
         growth_limit=plan.growth_limit,
     )

@@ -54,7 +54,7 @@ class RunPlan:
       scaling: how the rate follows the batch size; with `auto` it has no part in the run.
       initial_batch_size: of the first step.
       max_batch_size: the largest.
-      smoothing: decay of the average over tests; None: no average.
+      ema_decay: decay of the average over tests; None: no average.
       debias: whether the noise is taken out of the squared gradient norm.
       growth_limit: largest factor by which a test may enlarge the batch; None: no limit.
       curvature_examples: on which the curvature is measured; 0: it is not.
@@ -80,7 +80,7 @@ class RunPlan:
     scaling: str
     initial_batch_size: int
     max_batch_size: int
-    smoothing: float | None
+    ema_decay: float | None
     debias: bool
     growth_limit: float | None
     curvature_examples: int
@@ -160,7 +160,7 @@ def resolve(config: TrainConfig, num_examples: int) -> RunPlan:
     learning_rate, rate, search = _learning_rate(config, total_examples)
     sizes = _automatic_sizes if config.auto else _sizes
     first, largest = sizes(config, num_examples)
-    smoothing, debias = config.averaging
+    ema_decay, debias = config.averaging
     growth_limit = config.growth_limit
     if config.auto and growth_limit is None:
         growth_limit = BATCH_SIZE_OPTIONS["growth_limit"]
@@ -171,7 +171,7 @@ def resolve(config: TrainConfig, num_examples: int) -> RunPlan:
     filled: dict[str, Any] = dict(
         **config.thresholds,
         debias=debias,
-        smoothing=smoothing,
+        smoothing=ema_decay,
         growth_limit=growth_limit,
         initial_batch_size=first,
         max_batch_size=largest,
@@ -197,7 +197,7 @@ def resolve(config: TrainConfig, num_examples: int) -> RunPlan:
         scaling=scaling,
         initial_batch_size=first,
         max_batch_size=largest,
-        smoothing=smoothing,
+        ema_decay=ema_decay,
         debias=debias,
         growth_limit=growth_limit,
         curvature_examples=measured,

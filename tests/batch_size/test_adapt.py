@@ -147,7 +147,7 @@ def test_a_plain_function_is_a_criterion(controller, make_noise):
 
 
 def test_a_plain_function_may_be_smoothed(controller, make_noise):
-    control = controller(lambda noise: 2.0 * noise.num_examples.astype(jnp.float32), smoothing=0.5)
+    control = controller(lambda noise: 2.0 * noise.num_examples.astype(jnp.float32), ema_decay=0.5)
     control.feed(make_noise(num_examples=100))
     assert control.feed(make_noise(num_examples=400)) == 600  # (0.25 · 200 + 0.5 · 800) / 0.75
 
@@ -178,7 +178,7 @@ def test_the_clock_runs_on_beyond_32_bits(controller, make_noise):
     assert control.metrics["num_examples"] == 2**32 + 54
 
 
-@pytest.mark.parametrize("option", ["growth_limit", "smoothing"])
+@pytest.mark.parametrize("option", ["growth_limit", "ema_decay"])
 def test_a_traced_option_that_is_not_a_number_keeps_the_bounds(make_noise, option):
     noise = make_noise(trace=1000)
 
@@ -196,7 +196,7 @@ def test_growth_limit_and_smoothing_may_be_injected(make_noise):
     static = ("criterion", "initial_batch_size", "max_batch_size", "min_batch_size", "multiple_of",
               "test_interval", "dataset_size", "monotone", "debias")  # fmt: skip
     factory = optax.inject_hyperparams(adapt_batch_size, static_args=static)
-    link = factory(ETA, initial_batch_size=64, max_batch_size=8192, growth_limit=1.5, smoothing=0.0)
+    link = factory(ETA, initial_batch_size=64, max_batch_size=8192, growth_limit=1.5, ema_decay=0.0)
     noise = make_noise(trace=1000)
     _, state = jax.jit(link.update)(noise.mean, link.init(noise.mean), noise=noise)
     assert int(get_batch_size(state)) == 96

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import adabatch_jax
 from adabatch_jax import (
     GradientNoise,
     adapt_batch_size,
@@ -57,9 +58,9 @@ def test_the_multiple_must_divide_the_sizes(name):
         ("growth_limit", 0.5),
         ("growth_limit", -1.0),
         ("growth_limit", float("inf")),
-        ("smoothing", 1.0),
-        ("smoothing", -0.1),
-        ("smoothing", float("nan")),
+        ("ema_decay", 1.0),
+        ("ema_decay", -0.1),
+        ("ema_decay", float("nan")),
         ("dataset_size", 0),
         ("dataset_size", 10.5),
     ],
@@ -67,6 +68,22 @@ def test_the_multiple_must_divide_the_sizes(name):
 def test_options_must_lie_in_range(argument, value):
     with pytest.raises(ValueError, match=f"adapt_batch_size: {argument} must .*got {value!r}"):
         adapt_batch_size(norm_test(1.0), **SIZES, **{argument: value})
+
+
+def test_smoothing_is_another_name_of_the_decay(make_noise):
+    noise, states = make_noise(trace=1000), []
+    for name in ("ema_decay", "smoothing"):
+        link = adapt_batch_size(norm_test(0.5), **SIZES, **{name: 0.9})
+        states.append(link.update(noise.mean, link.init(noise.mean), noise=noise)[1])
+        with pytest.raises(ValueError, match=rf"{name} must lie in .*, got 1\.0"):
+            adapt_batch_size(norm_test(0.5), **SIZES, **{name: 1.0})
+    assert states[0].size_memory.evidence_weight > 0
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), *states))
+    with pytest.raises(ValueError, match=r"give one of them, got ema_decay=0\.9 and smoothing=0"):
+        adapt_batch_size(norm_test(0.5), **SIZES, ema_decay=0.9, smoothing=0.0)
+    sizes = dict(total_examples=10**5, initial_batch_size=64, max_batch_size=256)
+    scaling = adabatch_jax.sqrt_scaling()
+    adabatch_jax.automatic(optax.identity(), **sizes, scaling=scaling, smoothing=0.5)
 
 
 @pytest.mark.parametrize("criterion", [None, 0.5, "norm"])
@@ -92,9 +109,9 @@ def test_a_missing_noise_says_how_to_pass_it():
     [(coordinate_norm_test(0.5), "coordinate_wise"), (inner_product_test(0.5), "inner_products")],
     ids=["coordinate_norm_test", "inner_product_test"],
 )
-@pytest.mark.parametrize("smoothing", [None, 0.9])
-def test_a_missing_field_is_an_error_at_trace_time(make_noise, criterion, option, smoothing):
-    link = adapt_batch_size(criterion, smoothing=smoothing, **SIZES)
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_missing_field_is_an_error_at_trace_time(make_noise, criterion, option, ema_decay):
+    link = adapt_batch_size(criterion, ema_decay=ema_decay, **SIZES)
     state, noise = link.init(jnp.zeros(2)), make_noise()
     with pytest.raises(ValueError, match=f"{criterion.name} needs .*{option}=True"):
         jax.eval_shape(lambda: link.update(noise.mean, state, noise=noise))
@@ -112,10 +129,10 @@ def test_a_missing_field_is_an_error_at_trace_time(make_noise, criterion, option
     ids=lambda criterion: criterion.name,
 )
 def test_an_average_of_the_biased_denominator_that_never_grows_is_refused(criterion):
-    with pytest.raises(ValueError, match=rf"smoothing=0.9 .*{criterion.name} never.*debias=True"):
-        adapt_batch_size(criterion, smoothing=0.9, **SIZES)
-    adapt_batch_size(criterion, smoothing=0.9, debias=True, **SIZES)
-    adapt_batch_size(criterion, smoothing=0.0, **SIZES)
+    with pytest.raises(ValueError, match=rf"ema_decay=0.9 .*{criterion.name} never.*debias=True"):
+        adapt_batch_size(criterion, ema_decay=0.9, **SIZES)
+    adapt_batch_size(criterion, ema_decay=0.9, debias=True, **SIZES)
+    adapt_batch_size(criterion, ema_decay=0.0, **SIZES)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +148,12 @@ def test_an_average_of_the_biased_denominator_that_never_grows_is_refused(criter
     ],
 )
 def test_an_average_that_can_grow_is_taken(criterion):
-    adapt_batch_size(criterion, smoothing=0.9, **SIZES)
+    adapt_batch_size(criterion, ema_decay=0.9, **SIZES)
 
 
 def test_a_traced_threshold_is_let_through():
     def smallest(eta):
-        link = adapt_batch_size(norm_test(eta), smoothing=0.9, **SIZES)
+        link = adapt_batch_size(norm_test(eta), ema_decay=0.9, **SIZES)
         return link.init(jnp.zeros(2)).next_batch_size
 
     assert int(jax.jit(smallest)(1.0)) == 64

@@ -30,7 +30,7 @@ BAD = {
 def controls(controller):
     """Two controllers that have seen one good test: the paper's, and everything switched on."""
     plain = controller(norm_test(1.0))
-    shrinking = controller(norm_test(1.0), monotone=False, smoothing=0.9, debias=True)
+    shrinking = controller(norm_test(1.0), monotone=False, ema_decay=0.9, debias=True)
     return {"paper": plain, "smoothed_debiased_shrinking": shrinking}
 
 
@@ -70,7 +70,7 @@ def test_the_numbers_of_an_update_without_a_test_are_zero(controller, make_noise
 def test_after_bad_evidence_the_next_test_is_as_if_nothing_had_been(controller, make_noise):
     good = [make_noise(trace=t, square=4) for t in (100, 400, 900)]
     bad = [make_noise(**statistics) for statistics, _ in BAD.values()]
-    clean, disturbed = (controller(norm_test(0.9), smoothing=0.5) for _ in range(2))
+    clean, disturbed = (controller(norm_test(0.9), ema_decay=0.5) for _ in range(2))
     for noise in good:
         clean.feed(noise)
         for spoilt in bad:

@@ -82,7 +82,7 @@ def test_cabs_rises_with_a_rate_that_warms_up_from_nothing(controller, make_nois
     """As its docstring has it; b = α tr Σ / L = 0 at first, and 200 at the end."""
     control = controller(
         cabs(lambda seen: jnp.minimum(seen / 2000.0, 1.0) - 64 / 2000),
-        smoothing=0.95,
+        ema_decay=0.95,
         monotone=False,
     )
     sizes = []
@@ -98,7 +98,7 @@ def test_the_drop_in_finds_its_way_out():
     """Noise scale 5, then 2000: 32 examples, which are two micro-batches, then about 2000."""
     optimizer = adaptive_multi_steps(
         adapt_batch_size(norm_test(1.0), initial_batch_size=64, max_batch_size=4096, monotone=False,
-                         smoothing=0.9, debias=True),
+                         ema_decay=0.9, debias=True),
         micro_batch_size=16,
     )  # fmt: skip
     scale = np.where(np.arange(6000) < 300, 5.0, 2000.0)

@@ -1,4 +1,4 @@
-"""`adapt_batch_size(smoothing=…)`: numerator and denominator are averaged apart."""
+"""`adapt_batch_size(ema_decay=…)`: numerator and denominator are averaged apart."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def averaged(values, decay):
 def test_numerator_and_denominator_match_numpy(controller, make_noise, debias):
     rng = np.random.default_rng(0)
     traces, squares = rng.gamma(4, 20, 12), rng.gamma(4, 1, 12)
-    control = controller(norm_test(0.7), smoothing=0.8, debias=debias, monotone=False)
+    control = controller(norm_test(0.7), ema_decay=0.8, debias=debias, monotone=False)
     for k in range(12):
         control.feed(make_noise(trace=traces[k], square=squares[k], num_examples=100))
         denominators = squares - traces / 100 if debias else squares
@@ -48,13 +48,13 @@ def test_numerator_and_denominator_match_numpy(controller, make_noise, debias):
 
 
 def test_no_decay_is_no_smoothing(controller, make_noise):
-    plain, smoothed = (controller(norm_test(1.0), smoothing=s) for s in (None, 0.0))
+    plain, smoothed = (controller(norm_test(1.0), ema_decay=s) for s in (None, 0.0))
     for trace in (100, 50, 400):
         assert smoothed.feed(make_noise(trace=trace)) == plain.feed(make_noise(trace=trace))
 
 
 def test_one_estimate_that_is_not_positive_does_not_count_alone(controller, make_noise):
-    control = controller(norm_test(1.0), smoothing=0.9, debias=True)
+    control = controller(norm_test(1.0), ema_decay=0.9, debias=True)
     control.feed(make_noise(trace=64, square=4))  # denominator 4 − 64/64 = 3
     size = control.feed(make_noise(trace=128, square=1))  # 1 − 128/64 = −1: alone it would double
     assert size == 110  # ⌈(0.09 · 64 + 0.1 · 128) / (0.09 · 3 − 0.1 · 1)⌉
@@ -65,7 +65,7 @@ def test_coordinates_are_averaged_one_by_one(controller):
     means, scatters = rng.normal(size=(6, 5)), rng.gamma(2, 100, (6, 5))
     params = {"a": jnp.zeros(2), "b": jnp.zeros((1, 3))}
     criterion = coordinate_norm_test(0.5, quantile=0.6, floor=0.0)
-    control = controller(criterion, params, smoothing=0.8, monotone=False)
+    control = controller(criterion, params, ema_decay=0.8, monotone=False)
 
     def tree(x):
         x = jnp.asarray(x, jnp.float32)
@@ -82,18 +82,18 @@ def test_coordinates_are_averaged_one_by_one(controller):
     assert control.batch_size == np.ceil(required)
 
 
-@pytest.mark.parametrize("smoothing", [None, 0.8])
+@pytest.mark.parametrize("ema_decay", [None, 0.8])
 @pytest.mark.parametrize(
     ("criterion", "size"), [(coordinate_norm_test(0.5, quantile=1.0), 400), (norm_test(0.5), 340)]
 )
-def test_inside_a_mask_the_noise_is_that_of_what_is_let_through(criterion, size, smoothing):
+def test_inside_a_mask_the_noise_is_that_of_what_is_let_through(criterion, size, ema_decay):
     params = {"seen": jnp.ones(2), "hidden": jnp.ones(3)}
     variance = {"seen": jnp.array([100.0, 70.0]), "hidden": jnp.full(3, 1e6)}
     scatter = {k: 7 * v for k, v in variance.items()}
     total = sum(x.sum() for x in scatter.values())
     noise = GradientNoise(params, total, jnp.int32(64), jnp.int32(8), scatter)
     link = adapt_batch_size(
-        criterion, initial_batch_size=64, max_batch_size=8192, smoothing=smoothing
+        criterion, initial_batch_size=64, max_batch_size=8192, ema_decay=ema_decay
     )
     masked = optax.masked(link, {"seen": True, "hidden": False})
     _, state = jax.jit(masked.update)(params, masked.init(params), noise=noise)
@@ -117,7 +117,7 @@ def smoothed(controller):
     """Controllers on an average of the biased and of the de-biased denominator, by η."""
     return {
         (eta, debias): controller(
-            replace(norm_test(eta), needs_debias=False), smoothing=0.9, debias=debias
+            replace(norm_test(eta), needs_debias=False), ema_decay=0.9, debias=debias
         )
         for eta in (1.0, 1.5)
         for debias in (False, True)

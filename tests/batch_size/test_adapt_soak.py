@@ -26,9 +26,9 @@ CONTROLS = {
     "paper": (norm_test(0.5), {}),
     "shrinking": (
         norm_test(1.0),
-        {"monotone": False, "smoothing": 0.9, "debias": True, "min_batch_size": 16},
+        {"monotone": False, "ema_decay": 0.9, "debias": True, "min_batch_size": 16},
     ),
-    "coordinates": (coordinate_norm_test(0.9), {"smoothing": 0.5, "growth_limit": 1.5}),
+    "coordinates": (coordinate_norm_test(0.9), {"ema_decay": 0.5, "growth_limit": 1.5}),
     "inner_products": (
         augmented_inner_product_test(0.9, 5.0),
         {"monotone": False, "multiple_of": 8, "growth_limit": 3.0},

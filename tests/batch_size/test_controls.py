@@ -82,7 +82,7 @@ def drop_in(options):
 
 
 @pytest.mark.parametrize("make_run", [fused, drop_in])
-@pytest.mark.parametrize("options", [{}, {"debias": True, "smoothing": 0.9}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"debias": True, "ema_decay": 0.9}], ids=str)
 def test_one_example_repeated_never_grows_the_batch(make_run, options):
     run = jax.jit(make_run(options))
     state, sizes = run(examples(repeated=True))
@@ -100,7 +100,7 @@ def batch_sizes(eta, monotone):
         norm_test(eta),
         initial_batch_size=64,
         max_batch_size=2**20,
-        smoothing=0.9,
+        ema_decay=0.9,
         debias=True,
         monotone=monotone,
     )

@@ -133,7 +133,7 @@ def test_random_signs_cost_one_pass_backwards_more():
     ("criterion", "options"),
     [
         (adabatch.norm_test(0.5), {}),
-        (adabatch.coordinate_norm_test(0.5), {"smoothing": 0.9}),
+        (adabatch.coordinate_norm_test(0.5), {"ema_decay": 0.9}),
     ],
     ids=["norm", "coordinate"],
 )

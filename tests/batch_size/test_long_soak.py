@@ -32,7 +32,7 @@ CONTROLS = {
     "paper": (norm_test(ETA), {}),
     "smoothed": (
         norm_test(ETA),
-        {"smoothing": 0.9, "debias": True, "growth_limit": 2.0, "multiple_of": 8},
+        {"ema_decay": 0.9, "debias": True, "growth_limit": 2.0, "multiple_of": 8},
     ),
     "shrinking": (
         norm_test(ETA),
@@ -41,13 +41,13 @@ CONTROLS = {
             "min_batch_size": 50,
             "multiple_of": 48,
             "growth_limit": 1.5,
-            "smoothing": 0.5,
+            "ema_decay": 0.5,
             "test_interval": 3,
         },
     ),
     "data set": (
         gradient_noise_scale(),
-        {"dataset_size": 2**28, "test_interval": 10, "smoothing": 0.9},
+        {"dataset_size": 2**28, "test_interval": 10, "ema_decay": 0.9},
     ),
 }
 ZERO, NAN, INF, HUGE, SCATTER_NAN, SCATTER_INF = range(1, 7)  # 0: no fault
@@ -180,7 +180,7 @@ def test_every_decision_is_that_of_the_averages_in_float64(name):
     population = options.get("dataset_size", np.inf)
     left = np.maximum(1 - examples / population, 0)
     bias = left * trace / examples if options["debias"] or name == "data set" else 0.0
-    decay = options.get("smoothing", 0.0)
+    decay = options.get("ema_decay", 0.0)
 
     def average(x):
         weight = 1 - decay ** np.arange(1, len(x) + 1)

@@ -178,7 +178,7 @@ def test_holding_reaches_the_controller(drop_in):
 
 def test_the_state_keeps_its_types_and_may_be_donated():
     """Otherwise the second step would be compiled again, or the first would fail."""
-    optimizer = make_optimizer(SGD, smoothing=0.9)
+    optimizer = make_optimizer(SGD, ema_decay=0.9)
     for link in (optimizer, adaptive_multi_steps(optimizer, micro_batch_size=8)):
         state, noise = link.init(PARAMS), one_group(PARAMS)
         before = jax.tree.map(jax.typeof, state)

@@ -55,7 +55,7 @@ def injected(learning_rate):
 WRAPPED = {
     "alone": controller,
     "chain": lambda: optax.chain(optax.identity(), optax.chain(controller(), optax.sgd(0.1))),
-    "masked": lambda: optax.masked(optax.chain(controller(smoothing=0.0), optax.sgd(0.1)), True),
+    "masked": lambda: optax.masked(optax.chain(controller(ema_decay=0.0), optax.sgd(0.1)), True),
     "inject_hyperparams": lambda: optax.inject_hyperparams(injected)(learning_rate=0.1),
     "partition": lambda: optax.chain(controller(), optax.partition({"a": optax.sgd(0.1)}, "a")),
     "apply_if_finite": lambda: optax.apply_if_finite(optax.chain(controller(), optax.sgd(0.1)), 5),
@@ -355,7 +355,7 @@ def test_a_state_without_its_types_is_named(read, kind):
 )
 def test_every_field_is_found_by_its_name(name):
     optimizer = adaptive_multi_steps(
-        optax.chain(controller(smoothing=0.0), optax.adam(0.1)), micro_batch_size=8
+        optax.chain(controller(ema_decay=0.0), optax.adam(0.1)), micro_batch_size=8
     )
     found = optax.tree.get_all_with_path(optimizer.init(PARAMS), name)
     assert len(found) == 1

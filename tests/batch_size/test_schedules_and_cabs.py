@@ -54,7 +54,7 @@ def test_the_size_of_cabs_falls_with_a_scheduled_rate(controller, make_noise):
 
 
 def test_trace_and_loss_of_cabs_are_averaged_each_by_itself(controller, make_noise):
-    link = controller(cabs(1.0), smoothing=0.75, monotone=False)
+    link = controller(cabs(1.0), ema_decay=0.75, monotone=False)
     link.feed(make_noise(trace=1000), value=4.0)
     # Weights 3/16 and 4/16: (3000 + 8000) / (3·4 + 4·1), not the mean of 250 and 2000.
     assert link.feed(make_noise(trace=2000), value=1.0) == 688

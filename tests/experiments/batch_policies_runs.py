@@ -67,7 +67,7 @@ def criterion(made: Any, measure: dict[str, bool] | None = None, **options: Any)
 
 
 CONSTANT = (64, 256, 1024, 4096)
-AVERAGED = {"monotone": False, "smoothing": 0.95}
+AVERAGED = {"monotone": False, "ema_decay": 0.95}
 POLICIES: dict[str, Policy] = {
     **{f"constant {size}": constant(size) for size in CONSTANT},
     "norm 1": criterion(adabatch.norm_test(1.0)),
@@ -106,7 +106,7 @@ CHOICES: dict[str, Policy] = {
     "η = 1, rate × √b, single examples": norm_test(1.0, 0, **SQRT),
     **{f"η = 1, rate × √b, {n} groups": norm_test(1.0, n, **SQRT) for n in (64, 4, 2)},
     "η = 1, rate × √b, 1 sign vector": norm_test(1.0, 1, True, **SQRT),
-    "η = 1, rate × √b, 4 groups, smoothed": norm_test(1.0, 4, **SQRT, smoothing=0.9, debias=True),
+    "η = 1, rate × √b, 4 groups, smoothed": norm_test(1.0, 4, **SQRT, ema_decay=0.9, debias=True),
 }
 
 

@@ -42,7 +42,7 @@ def run(optimizer: str, rule: str, seed: int, epochs: int) -> dict[str, Any]:
         scaling=rule,
         learning_rate=RATES[optimizer],
         debias=True,
-        smoothing=0.9,
+        ema_decay=0.9,
         initial_batch_size=64,
         max_batch_size=8192,
         epochs=epochs,

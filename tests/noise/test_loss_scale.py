@@ -45,7 +45,7 @@ def next_scale(scale, good_steps, finite):
 
 
 CONTROLLER = adabatch.adapt_batch_size(
-    adabatch.norm_test(0.02), initial_batch_size=32, max_batch_size=4096, smoothing=0.5
+    adabatch.norm_test(0.02), initial_batch_size=32, max_batch_size=4096, ema_decay=0.5
 )
 OPTIMIZER = optax.apply_if_finite(optax.chain(CONTROLLER, optax.adam(0.05)), 30)
 

@@ -168,7 +168,7 @@ def test_a_broken_device_breaks_the_merged_mean_of_a_fused_step():
     x[2, 1, 0] = np.nan
     fn = adabatch.value_and_grad_noise(lambda p, x: jnp.mean((p - x) ** 2), axis_name="data")
     link = adabatch.adapt_batch_size(
-        adabatch.norm_test(0.1), initial_batch_size=8, max_batch_size=64, smoothing=0.9
+        adabatch.norm_test(0.1), initial_batch_size=8, max_batch_size=64, ema_decay=0.9
     )
 
     def on_device(x):
