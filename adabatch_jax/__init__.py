@@ -43,6 +43,7 @@ from adabatch_jax.curvature import (
 from adabatch_jax.learning_rate import (
     AutowuPhase,
     WarmupEnd,
+    by_examples,
     linear_scaling,
     random_matrix_scaling,
     return_to_minimum,
@@ -65,6 +66,7 @@ from adabatch_jax.optimizers import (
     adadagrad_norm,
     adamp,
     automatic,
+    grow_batch_size,
     scale_by_adagrad_norm,
 )
 
@@ -86,10 +88,12 @@ __all__ = [
     "augmented_inner_product_test",
     "automatic",
     "batch_size_schedule",
+    "by_examples",
     "cabs",
     "coordinate_norm_test",
     "get_batch_size",
     "gradient_noise_scale",
+    "grow_batch_size",
     "has_updated",
     "inner_product_test",
     "linear_scaling",

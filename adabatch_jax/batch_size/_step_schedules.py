@@ -26,8 +26,8 @@ def warn_of_step_schedules(where: str, opt_state: PyTree) -> None:
     if places:
         warnings.warn(
             f"{where}: a schedule inside counts optimizer steps (its state is at "
-            f"{', '.join(place or 'the top' for place in places)}). While the batch grows, fewer are made of "
-            "the same examples, so the schedule does not come to its end. Let it count examples: "
+            f"{', '.join(place or 'the top' for place in places)}). While the batch grows, fewer are made "
+            "of the same examples, so the schedule does not come to its end. Let it count examples: "
             "adabatch.grow_batch_size(optax.adamw, learning_rate=schedule, …), or inside this wrapper "
             "adabatch.by_examples(optax.adamw, base_batch_size=64)(learning_rate=schedule, …)",
             stacklevel=3,

@@ -79,3 +79,7 @@ from adabatch_jax.learning_rate._probe_direction import (
     DirectionTraits as DirectionTraits,
     probe_direction as probe_direction,
 )
+from adabatch_jax.learning_rate._scheduled import (
+    Hyperparameters as Hyperparameters,
+    scheduled_by_examples as scheduled_by_examples,
+)

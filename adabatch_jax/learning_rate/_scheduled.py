@@ -1,4 +1,4 @@
-"""An optimizer whose hyperparameters follow the examples: what `by_examples` and `grow_batch_size` build."""
+"""An optimizer whose hyperparameters follow the examples: for `by_examples` and `grow_batch_size`."""
 
 from __future__ import annotations
 
@@ -148,16 +148,18 @@ def scheduled_by_examples(
             dtype = jnp.finfo(optax.tree.dtype(like, "highest")).dtype
             stateful[RATE] = replace(stateful[RATE], scaling=scaling, dtype=dtype)
 
-        if _injects(hyperparameters, tuple(stateful), like):
-            return optax.with_extra_args_support(hyperparameters.optimizer(**stateful))
+        injected = _injected(hyperparameters, tuple(stateful), like)
+        whole = {name: stateful.pop(name) for name in injected}
 
-        def factory(**scheduled: Any) -> optax.GradientTransformation:
-            return hyperparameters.optimizer(**scheduled)
+        def factory(**numbers: Any) -> optax.GradientTransformation:
+            return hyperparameters.optimizer(**whole, **numbers)
 
         # `inject_hyperparams` reads the signature to tell one argument from another.
         kind = inspect.Parameter.KEYWORD_ONLY
         names = [inspect.Parameter(name, kind) for name in stateful]
         factory.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+        if not stateful:
+            return optax.with_extra_args_support(factory())
         return optax.inject_hyperparams(factory)(**stateful)
 
     def init(params: PyTree) -> Any:
@@ -171,24 +173,27 @@ def scheduled_by_examples(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _injects(hyperparameters: Hyperparameters, names: tuple[str, ...], like: PyTree) -> bool:
-    """Whether a number of these names would stay in the optimizer as it was at first.
+def _injected(hyperparameters: Hyperparameters, names: tuple[str, ...], like: PyTree) -> set[str]:
+    """Those of these names that the factory itself hands to `optax.inject_hyperparams`.
 
-    `optax.inject_hyperparams` inside the factory keeps the numbers that `init` was given in its state, and
-    looks at no others. What it takes is the schedule itself.
+    That keeps a number which `init` was given in its state, and looks at no other; what it has to be given
+    is the schedule. So a name is found by what `init` makes of its number.
     """
 
-    def init(numbers: dict[str, jax.Array], params: PyTree) -> PyTree:
-        return hyperparameters.optimizer(**numbers).init(params)
+    def init(numbers: list[jax.Array], params: PyTree) -> PyTree:
+        return hyperparameters.optimizer(**dict(zip(names, numbers, strict=True))).init(params)
 
-    numbers = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in names}
+    numbers = [jax.ShapeDtypeStruct((), jnp.float32)] * len(names)
     closed, state = jax.make_jaxpr(init, return_shape=True)(numbers, like)
-    derived = set(closed.jaxpr.invars[: len(names)])
+    origins = dict(zip(closed.jaxpr.invars, ({name} for name in names), strict=False))
+
+    def behind(*values: Any) -> set[str]:
+        known = [origins.get(x, set()) for x in values if not isinstance(x, Literal)]
+        return set().union(*known)
+
     for equation in closed.jaxpr.eqns:
-        if any(not isinstance(x, Literal) and x in derived for x in equation.invars):
-            derived.update(equation.outvars)
-    kept = [not isinstance(x, Literal) and x in derived for x in closed.jaxpr.outvars]
+        origins.update(dict.fromkeys(equation.outvars, behind(*equation.invars)))
+    outputs = jax.tree.unflatten(jax.tree.structure(state), closed.jaxpr.outvars)
     kinds = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
-    flags = jax.tree.unflatten(jax.tree.structure(state), kept)
-    found = jax.tree.leaves(flags, is_leaf=lambda x: isinstance(x, kinds))
-    return any(any(jax.tree.leaves(x.hyperparams)) for x in found if isinstance(x, kinds))
+    nodes = jax.tree.leaves(outputs, is_leaf=lambda x: isinstance(x, kinds))
+    return behind(*jax.tree.leaves([x.hyperparams for x in nodes if isinstance(x, kinds)]))

@@ -1,5 +1,7 @@
 """Which ready-made recipe?
 
+* `grow_batch_size` is the one to begin with: any optimizer of Optax, with the rate, the schedules and
+  the loop that you have, and a batch that grows.
 * `automatic` is the whole system around any direction: it finds the learning rate, grows the batch
   and scales the rate with it.
 * `adadagrad` and `adadagrad_norm` are AdAdaGrad: AdaGrad, per coordinate or with one scalar
@@ -17,12 +19,14 @@ from adabatch_jax.optimizers._adagrad_norm import scale_by_adagrad_norm
 from adabatch_jax.optimizers._adamp import adamp, scale_by_adamp
 from adabatch_jax.optimizers._automatic import automatic
 from adabatch_jax.optimizers._batch_adam import scale_by_batch_adam
+from adabatch_jax.optimizers._grow_batch_size import grow_batch_size
 
 __all__ = [
     "adadagrad",
     "adadagrad_norm",
     "adamp",
     "automatic",
+    "grow_batch_size",
     "scale_by_adagrad_norm",
     "scale_by_adamp",
     "scale_by_batch_adam",

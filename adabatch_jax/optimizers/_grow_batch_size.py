@@ -1,4 +1,4 @@
-"""`grow_batch_size`: an optimizer of Optax, in its own loop, with a batch that grows and a rate that follows."""
+"""`grow_batch_size`: an optimizer of Optax in its own loop, with a batch that grows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from adabatch_jax.learning_rate import Hyperparameters, probe_direction, schedul
 
 _WHERE = "grow_batch_size"
 ETA = 1.5  # of the norm test
-_BATCH_SIZE_OPTIONS = dict(ema_decay=0.9, debias=True, growth_limit=1.1)
 _REMEDY = (
     "say by scaling=adabatch.sqrt_scaling() or linear_scaling() how the rate follows the batch"
 )
@@ -40,11 +39,12 @@ def grow_batch_size(
 
     Every `update` call is one micro-batch, as with `optax.MultiSteps`. What is put together:
 
-    1. `adaptive_multi_steps` gathers calls until the batch is complete, and measures the noise between them.
+    1. `adaptive_multi_steps` gathers calls until the batch is complete, and measures the noise between
+       them.
     2. `adapt_batch_size` lets the batch grow from `base_batch_size` by the norm test, de-biased and
        smoothed, by a tenth per step at most.
-    3. `by_examples` reads every schedule at (examples so far) / `base_batch_size`: warm-up and decay come to
-       their end with the data, in fewer steps.
+    3. `by_examples` reads every schedule at (examples so far) / `base_batch_size`: warm-up and decay come
+       to their end with the data, in fewer steps.
     4. The learning rate follows the batch b by the kind of the optimizer, found by trying it: × √(b / b₀)
        where the length of a step does not follow that of the gradient (Adam, AdaGrad, LAMB, Lion, Muon),
        × b / b₀ where it does (SGD, momentum).
@@ -108,7 +108,9 @@ def grow_batch_size(
         test,
         initial_batch_size=base_batch_size,
         max_batch_size=max_batch_size,
-        **_BATCH_SIZE_OPTIONS,
+        ema_decay=0.9,
+        debias=True,
+        growth_limit=1.1,
     )
 
     def scaling_for(like: PyTree) -> ScalingRule:
