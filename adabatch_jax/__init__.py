@@ -25,6 +25,7 @@ from adabatch_jax.batch_size import (
     metrics,
     needs_noise,
     norm_test,
+    track_noise_scale,
     trained_parameters,
     unless_skipped,
 )
@@ -112,6 +113,7 @@ __all__ = [
     "scale_by_random_matrix",
     "split_groups",
     "sqrt_scaling",
+    "track_noise_scale",
     "trained_parameters",
     "unless_skipped",
     "value_and_grad_noise",

@@ -8,6 +8,7 @@ batch size in the optimizer state; `adaptive_multi_steps` gathers micro-batches 
   `batch_size_schedule`, which measures nothing; `Criterion` and `Evidence` to write one.
 * `get_batch_size`, `has_updated`, `needs_noise` and `metrics` read any optimizer state that holds a
   controller; `unless_skipped` keeps what the loop carries beside its parameters.
+* `track_noise_scale` measures the noise in any loop, and decides nothing.
 * `trained_parameters` tells which parameters an optimizer moves.
 
 For other rooms: `returns_made` tells how often `return_to_minimum` has gone back.
@@ -27,6 +28,7 @@ from adabatch_jax.batch_size._read_state import get_batch_size, has_updated, met
 from adabatch_jax.batch_size._schedules_and_cabs import batch_size_schedule, cabs
 from adabatch_jax.batch_size._skipped import unless_skipped
 from adabatch_jax.batch_size._state import BatchSizeStatus
+from adabatch_jax.batch_size._track import track_noise_scale
 from adabatch_jax.batch_size._trained import trained_parameters
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "metrics",
     "needs_noise",
     "norm_test",
+    "track_noise_scale",
     "trained_parameters",
     "unless_skipped",
 ]

@@ -28,8 +28,6 @@ from adabatch_jax.batch_size._state import (
     AdaptBatchSizeState,
     BatchSizeStatus,
     Decision,
-    SizeMemory,
-    SizeRecord,
 )
 from adabatch_jax.noise import GradientNoise
 
@@ -165,6 +163,7 @@ def adapt_batch_size(
             return size if tracing else jax.device_put(size)
 
         size = first()
+        start = Decision.first(size, () if ema_decay is None else zero_evidence(criterion, params))
         # Every field has a buffer of its own: a state whose fields share one cannot be donated.
         return AdaptBatchSizeState(
             next_batch_size=size,
@@ -175,20 +174,8 @@ def adapt_batch_size(
             updates_seen=jnp.zeros((), jnp.int32),
             updates_until_test=jnp.zeros((), jnp.int32),
             test_due=jnp.asarray(~permitted.full(size) & criterion.uses_noise),
-            size_memory=SizeMemory(
-                evidence_ema=() if ema_decay is None else zero_evidence(criterion, params),
-                evidence_weight=jnp.zeros((), jnp.float32),
-                two_group_examples=jnp.zeros((), jnp.int32),
-            ),
-            last_size_test=SizeRecord(
-                display_ema=jnp.zeros((2,), jnp.float32),
-                test_numerator=jnp.zeros((), jnp.float32),
-                test_denominator=jnp.zeros((), jnp.float32),
-                test_degrees_of_freedom=jnp.zeros((), jnp.int32),
-                required_batch_size=jnp.zeros((), jnp.float32),
-                test_status=jnp.array(int(BatchSizeStatus.NOT_TESTED), jnp.int32),
-                skipped_tests=jnp.zeros((), jnp.int32),
-            ),
+            size_memory=start.size_memory,
+            last_size_test=start.last_size_test,
         )
 
     def update(

@@ -52,6 +52,13 @@ class SizeRecord(NamedTuple):
     test_status: jax.Array  # int32: BatchSizeStatus
     skipped_tests: jax.Array  # int32: tests without usable evidence; saturates
 
+    @property
+    def noise_scale(self) -> jax.Array:
+        """tr Σ / ‖∇F‖², averaged over some ten tests: 0 before the first, +inf where no signal shows."""
+        trace, square = self.display_ema[0], self.display_ema[1]
+        scale = jnp.where(square > 0, trace / jnp.where(square > 0, square, 1.0), jnp.inf)
+        return jnp.where((trace > 0) | (square > 0), scale, 0.0)
+
 
 class Decision(NamedTuple):
     """The fields of the state that a test changes."""
@@ -59,6 +66,27 @@ class Decision(NamedTuple):
     next_batch_size: jax.Array
     size_memory: SizeMemory
     last_size_test: SizeRecord
+
+    @classmethod
+    def first(cls, size: Any, evidence: PyTree) -> Decision:
+        """Before any test: the first `size`, and zero evidence, () without an average."""
+        return cls(
+            next_batch_size=size,
+            size_memory=SizeMemory(
+                evidence_ema=evidence,
+                evidence_weight=jnp.zeros((), jnp.float32),
+                two_group_examples=jnp.zeros((), jnp.int32),
+            ),
+            last_size_test=SizeRecord(
+                display_ema=jnp.zeros((2,), jnp.float32),
+                test_numerator=jnp.zeros((), jnp.float32),
+                test_denominator=jnp.zeros((), jnp.float32),
+                test_degrees_of_freedom=jnp.zeros((), jnp.int32),
+                required_batch_size=jnp.zeros((), jnp.float32),
+                test_status=jnp.array(int(BatchSizeStatus.NOT_TESTED), jnp.int32),
+                skipped_tests=jnp.zeros((), jnp.int32),
+            ),
+        )
 
 
 class AdaptBatchSizeState(NamedTuple):
@@ -88,12 +116,9 @@ class AdaptBatchSizeState(NamedTuple):
     def report_metrics(self) -> dict[str, Any]:
         """The numbers that `adabatch.metrics` shows."""
         last = self.last_size_test
-        trace, square = last.display_ema[0], last.display_ema[1]
         tested = (last.test_status == BatchSizeStatus.PASSED) | (
             last.test_status == BatchSizeStatus.CHANGED
         )
-        seen = (trace > 0) | (square > 0)
-        scale = jnp.where(square > 0, trace / jnp.where(square > 0, square, 1.0), jnp.inf)
         # Zeros, not NaN, where nothing was measured: jax_debug_nans would stop a healthy run.
         return {
             "batch_size": self.last_batch_size,
@@ -101,7 +126,7 @@ class AdaptBatchSizeState(NamedTuple):
             "num_examples": as_int(self.examples_clock),
             "optimizer_steps": self.updates_seen,
             "gradient_norm": self.last_gradient_norm,
-            "noise_scale": jnp.where(seen, scale, 0.0),
+            "noise_scale": last.noise_scale,
             "noise_numerator": jnp.where(tested, last.test_numerator, 0.0),
             "noise_denominator": jnp.where(tested, last.test_denominator, 0.0),
             "degrees_of_freedom": jnp.where(tested, last.test_degrees_of_freedom, 0),

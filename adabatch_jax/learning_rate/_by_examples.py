@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,7 @@ def by_examples(
     if scaling is not None:
         _validate.function(where, scaling=scaling)
 
+    @functools.wraps(optimizer_factory)
     def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         hyperparameters = Hyperparameters(where, optimizer_factory, args, kwargs)
         if scaling is not None:

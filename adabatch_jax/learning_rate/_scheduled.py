@@ -13,6 +13,7 @@ import optax
 from jax.extend.core import Literal
 
 from adabatch_jax._clock import advance, as_float, zero_clock
+from adabatch_jax._tree import cast_like
 from adabatch_jax._types import ArrayLike, PyTree, ScalingRule, Schedule
 from adabatch_jax.learning_rate._examples import batch_sizes, examples_behind
 
@@ -23,6 +24,12 @@ class ExampleScheduleState(NamedTuple):
     """What one schedule carries: the examples before the next step, uint32 [2]."""
 
     hyperparameter_clock: jax.Array
+
+    def after_dropped_step(
+        self, after: ExampleScheduleState, used_up: bool
+    ) -> ExampleScheduleState:
+        """This state, or the one after a dropped step whose examples are used up."""
+        return after if used_up else self
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ def scheduled_by_examples(
         if RATE in schedules:
             # An array of a wider dtype than the parameters would widen the update. A decay near 1, on the
             # other hand, would not survive a narrow one.
-            dtype = jnp.finfo(optax.tree.dtype(like, "highest")).dtype
+            dtype = jnp.finfo(jnp.result_type(*(jax.tree.leaves(like) or [jnp.float32]))).dtype
             stateful[RATE] = replace(stateful[RATE], scaling=scaling, dtype=dtype)
 
         injected = _injected(hyperparameters, tuple(stateful), like)
@@ -160,7 +167,7 @@ def scheduled_by_examples(
         factory.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
         if not stateful:
             return optax.with_extra_args_support(factory())
-        return optax.inject_hyperparams(factory)(**stateful)
+        return optax.inject_hyperparams(factory, hyperparam_dtype=jnp.float32)(**stateful)
 
     def init(params: PyTree) -> Any:
         return built(params).init(params)
@@ -168,7 +175,8 @@ def scheduled_by_examples(
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        return built(updates).update(updates, state, params, **extra_args)
+        made, state = built(updates).update(updates, state, params, **extra_args)
+        return cast_like(made, updates), state  # a rate is as wide as the widest parameter
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -99,6 +99,7 @@ def grow_batch_size(
     2006.09092); how they are coupled is ours.
     """
     _validate.function(_WHERE, optimizer_factory=optimizer_factory)
+    hyperparameters = _validate.keywords("hyperparameters", hyperparameters)
     given = Hyperparameters(_WHERE, optimizer_factory, (), hyperparameters)
     given.check_learning_rate()
     if scaling is not None:

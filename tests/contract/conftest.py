@@ -170,6 +170,36 @@ TABLE = [
         variant=True,
     ),
     Row(
+        "track_noise_scale",
+        adabatch.track_noise_scale,
+        (),
+        {"batch_size": 16, "interval": 2},
+        ("ema_decay",),
+        no_arguments,
+    ),
+    Row(
+        "grow_batch_size",
+        adabatch.grow_batch_size,
+        (optax.sgd,),
+        {"base_batch_size": 16, "max_batch_size": 1024, "micro_batch_size": 8}
+        | {
+            "learning_rate": optax.linear_schedule(0.1, 0.0, 100),
+            "scaling": adabatch.linear_scaling(),
+        },
+        (),
+        value_of,
+        variant=True,
+    ),
+    Row(
+        "by_examples",
+        adabatch.by_examples(optax.sgd, base_batch_size=16, scaling=adabatch.sqrt_scaling()),
+        (optax.linear_schedule(0.1, 0.0, 100),),
+        {"momentum": 0.9},
+        (),
+        noise_of,
+        narrow=0.05,  # Optax's trace again
+    ),
+    Row(
         "scale_by_batch_size",
         adabatch.scale_by_batch_size,
         (adabatch.sqrt_scaling(),),
