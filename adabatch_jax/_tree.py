@@ -1,7 +1,9 @@
-"""Small reductions over pytrees, in float32 whatever the dtype of the leaves."""
+"""Small tools for pytrees; reductions are in float32 whatever the dtype of the leaves."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -72,3 +74,18 @@ def trainable(square: jax.Array) -> jax.Array:
     infinite, and every update after that 0, without a word.
     """
     return jnp.sqrt(square) < 1e15
+
+
+def of_structure(function: Callable[[PyTree], Any]) -> Callable[[PyTree], Any]:
+    """The function, called once for every structure of its tree, with shapes and dtypes alone."""
+
+    @functools.cache
+    def known(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+        return function(jax.tree.unflatten(structure, shapes))
+
+    def call(tree: PyTree) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        shapes = (jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in leaves)
+        return known(structure, tuple(shapes))
+
+    return call

@@ -19,10 +19,10 @@ smooth kernel of fixed length, fitted to 100 and conditioned on 500 random losse
 time, and leaves nothing to chance. `_posterior_test.py` says what both are asked, `_rbf.py` and
 `_quasisep.py` how they answer, `_autowu_step.py` what is done with the answer.
 
-For other rooms: `probe_direction` tells the traits of a direction (`DirectionTraits`), `batch_sizes`
-reads a batch size from what `update` is told, `share_of_new` is 1 − β for a batch,
-`LEAST_WARMUP_STEPS` the shortest warm-up; `Hyperparameters` and `scheduled_by_examples` are what
-`by_examples` is made of.
+For other rooms: `probe_direction` tells the traits of a direction (`DirectionTraits`), or that it
+cannot be tried (`UntriedError`); `batch_sizes` reads a batch size from what `update` is told,
+`share_of_new` is 1 − β for a batch, `LEAST_WARMUP_STEPS` the shortest warm-up; `Hyperparameters` and
+`scheduled_by_examples` are what `by_examples` is made of.
 """
 
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
@@ -77,6 +77,7 @@ from adabatch_jax.learning_rate._examples import batch_sizes as batch_sizes
 from adabatch_jax.learning_rate._hyperparameter_rules import share_of_new as share_of_new
 from adabatch_jax.learning_rate._probe_direction import (
     DirectionTraits as DirectionTraits,
+    UntriedError as UntriedError,
     probe_direction as probe_direction,
 )
 from adabatch_jax.learning_rate._scheduled import (

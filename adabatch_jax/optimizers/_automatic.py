@@ -11,15 +11,18 @@ import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._tree import of_structure
 from adabatch_jax._types import PyTree, ScalingRule
-from adabatch_jax.batch_size import Criterion, adapt_batch_size, norm_test
+from adabatch_jax.batch_size import Criterion, adapt_batch_size, norm_test, trained_parameters
 from adabatch_jax.learning_rate import (
     DirectionTraits,
+    UntriedError,
     WarmupEnd,
     probe_direction,
     return_to_minimum,
     scale_by_batch_size,
     scale_by_improved_autowu,
+    sqrt_scaling,
 )
 from adabatch_jax.noise import GradientNoise
 
@@ -69,9 +72,14 @@ def automatic(
        which it was found.
     4. The rate decays with a cosine until the budget of examples is used up.
 
-    The kind of a direction is found by trying it on a single parameter. The numbers were chosen on
-    images held out of Fashion-MNIST's training data, with an MLP (`tests/experiments/automatic_choice.py`);
-    the bound is the smallest of four that costs that MLP no more than seeds differ by, 0.1 points.
+    The kind of a direction is found by `init`, which tries it on tiny arrays in the structure of the
+    parameters: trees of masks and labels, `optax.masked`, `optax.partition`, muon for the matrices are
+    all taken. Where kinds are mixed, the one that moves the most numbers decides for all. Parameters that
+    are never moved count neither there nor in the bound.
+
+    The numbers were chosen on images held out of Fashion-MNIST's training data, with an MLP
+    (`tests/experiments/automatic_choice.py`); the bound is the smallest of four that costs that MLP no
+    more than seeds differ by, 0.1 points.
 
     A run whose warm-up would have fewer than 40 steps cannot find a rate. It begins at once, with a
     warning, at the rate at which the longest of the first 24 steps is an eighth as long as the parameters
@@ -94,9 +102,10 @@ def automatic(
       criterion: what lets the batch grow; None: `norm_test(1.5)`.
       scaling: rule by which the rate follows the batch. None: `sqrt_scaling()` if the direction is
         insensitive to the gradient's length (Adam, AdaGrad, LAMB), `linear_scaling()` if it is
-        proportional to it (SGD, momentum). If it is given, the direction is not tried.
+        proportional to it (SGD, momentum). If it is given, a direction that cannot be tried is taken
+        for one like Adam.
       autowu_options: passed to `scale_by_improved_autowu`; max_warmup_fraction=0.1, the factor above
-        as peak_factor and the bound as max_relative_step (4 and None with `scaling`) by default.
+        as peak_factor and the bound as max_relative_step by default.
       **batch_size_options: passed to `adapt_batch_size`; ema_decay=0.9, debias=True and
         growth_limit=1.1 by default.
 
@@ -105,9 +114,9 @@ def automatic(
       static_args.
 
     Raises:
-      ValueError: an argument out of range; in `init`, a run too short to find a rate, and no parameter with
-        two axes to tell one from; a direction that turns the gradient around, as one with a
-        learning rate does; one that cannot be tried, without `scaling`.
+      ValueError: an argument out of range; in `init`, a direction that turns the gradient around, as one
+        with a learning rate does; one that cannot be tried, without `scaling`; a run too short to find
+        a rate, and no trained parameter with two axes to tell one from.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -137,36 +146,57 @@ def automatic(
         max_batch_size=max_batch_size,
         **(defaults | batch_size_options),
     )
-    traits = (
-        DirectionTraits(scaling) if scaling else probe_direction(direction, "automatic", _REMEDY)
-    )
-    scale = scale_by_batch_size(traits.scaling, base_batch_size=initial_batch_size)
-    found = dict(
-        max_warmup_fraction=WARMUP,
-        max_relative_step=traits.max_relative_step,
-        **traits.autowu_options,
-    )
-    options = {**found, **(autowu_options or {})}
+    options = {"max_warmup_fraction": WARMUP, **(autowu_options or {})}
     too_short = _too_short(options["max_warmup_fraction"], total_examples, initial_batch_size)
     if too_short:
         warnings.warn(
             f"automatic: {too_short}. The rate is taken from the length of the parameters instead",
             stacklevel=2,
         )
-        step = (autowu_options or {}).get("max_relative_step")
-        step = _STEP_WITHOUT_SEARCH[traits.peak_factor] if step is None else step
-        options |= dict(max_warmup_fraction=0.0, max_relative_step=step, ramp_fraction=0.0)
-    schedule = scale_by_improved_autowu(
-        total_examples=total_examples, initial_batch_size=initial_batch_size, **options
-    )
     direction = optax.with_extra_args_support(direction)
 
+    def after_direction(
+        traits: DirectionTraits,
+    ) -> tuple[optax.GradientTransformationExtraArgs, ...]:
+        """The links that the kind of the direction decides."""
+        found = {"max_relative_step": traits.max_relative_step, **traits.autowu_options, **options}
+        if too_short:
+            step = options.get("max_relative_step") or _STEP_WITHOUT_SEARCH[traits.peak_factor]
+            found |= dict(max_warmup_fraction=0.0, max_relative_step=step, ramp_fraction=0.0)
+        return (
+            scale_by_batch_size(traits.scaling, base_batch_size=initial_batch_size),
+            scale_by_improved_autowu(
+                total_examples=total_examples, initial_batch_size=initial_batch_size, **found
+            ),
+        )
+
+    like_adam = DirectionTraits(sqrt_scaling() if scaling is None else scaling)
+    after_direction(like_adam)  # refuses bad options before there are parameters
+
+    # Functions of structure and shapes alone: `update` finds the same as `init`, also in another process.
+    @of_structure
+    def kind_of(params: PyTree) -> tuple[optax.GradientTransformationExtraArgs, ...]:
+        try:
+            traits = probe_direction(direction, "automatic", _REMEDY, params)
+        except UntriedError:
+            if scaling is None:
+                raise
+            traits = like_adam
+        return after_direction(traits if scaling is None else traits._replace(scaling=scaling))
+
+    @of_structure
+    def trained(params: PyTree) -> PyTree:
+        return trained_parameters(direction, params)
+
     def init(params: PyTree) -> AutomaticState:
-        if too_short and all(jnp.ndim(p) < 2 for p in jax.tree.leaves(params)):
-            raise ValueError(
-                f"automatic: {too_short}. No parameter with two axes or more tells one by its length"
-            )
-        links = (controller, direction, scale, schedule)
+        links = (controller, direction, *kind_of(params))
+        if too_short:
+            kept = jax.tree.map(lambda p, moves: moves and jnp.ndim(p) > 1, params, trained(params))
+            if not any(jax.tree.leaves(kept)):
+                raise ValueError(
+                    f"automatic: {too_short}. No trained parameter with two axes or more tells one by "
+                    "its length"
+                )
         return AutomaticState(*(link.init(params) for link in links))
 
     def update(
@@ -188,11 +218,20 @@ def automatic(
             hold_batch_size=hold,
             **extra_args,
         )
-        rest = []
-        for link, old in zip((direction, scale, schedule), state[1:], strict=True):
-            updates, new = link.update(updates, old, params, noise=noise, **extra_args)
-            rest.append(new)
-        return updates, AutomaticState(held, *rest)
+        updates, moved = direction.update(
+            updates, state.inner_direction, params, noise=noise, **extra_args
+        )
+        scale, schedule = kind_of(params)
+        updates, scaled = scale.update(
+            updates, state.inner_scaling, params, noise=noise, **extra_args
+        )
+        # In the place of what is never moved stands a scalar, which the bound does not look at.
+        zero = jnp.zeros(())
+        lengths = jax.tree.map(lambda p, moves: p if moves else zero, params, trained(params))
+        updates, found = schedule.update(
+            updates, state.inner_schedule, lengths, noise=noise, **extra_args
+        )
+        return updates, AutomaticState(held, moved, scaled, found)
 
     return return_to_minimum(optax.GradientTransformationExtraArgs(init, update))
 

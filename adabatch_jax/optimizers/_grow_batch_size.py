@@ -8,6 +8,7 @@ from typing import Any
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._tree import of_structure
 from adabatch_jax._types import AxisName, PyTree, ScalingRule
 from adabatch_jax.batch_size import Criterion, adapt_batch_size, adaptive_multi_steps, norm_test
 from adabatch_jax.learning_rate import Hyperparameters, probe_direction, scheduled_by_examples
@@ -114,12 +115,12 @@ def grow_batch_size(
         growth_limit=1.1,
     )
 
-    def scaling_for(like: PyTree) -> ScalingRule:
-        del like
+    @of_structure
+    def scaling_for(params: PyTree) -> ScalingRule:
         if scaling is not None:
             return scaling
         direction = optax.chain(given.optimizer(learning_rate=1.0), optax.scale(-1.0))
-        return probe_direction(direction, _WHERE, _REMEDY).scaling
+        return probe_direction(direction, _WHERE, _REMEDY, params).scaling
 
     optimizer = scheduled_by_examples(given, base_batch_size, scaling_for)
     return adaptive_multi_steps(

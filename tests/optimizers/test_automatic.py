@@ -11,8 +11,15 @@ import pytest
 import adabatch_jax as adabatch
 from adabatch_jax import AutowuPhase, WarmupEnd
 from adabatch_jax.learning_rate import probe_direction
+from adabatch_jax.learning_rate._return_to_minimum import ReturnToMinimumState
+from adabatch_jax.optimizers import _automatic
 
 MICRO, FIRST, LARGEST, TOTAL = 4, 32, 512, 40_000
+PARAMS = {"w": jnp.zeros(6), "b": jnp.zeros(())}
+UNSMOOTHED = {
+    "smoother": "as they are",
+    "patience": 50,
+}  # to its limit, and back to the lowest loss
 RNG = np.random.default_rng(0)
 X = jnp.float32(RNG.normal(size=(8192, 6)))
 Y = X @ jnp.arange(1.0, 7.0) + jnp.float32(2.0 * RNG.normal(size=8192))
@@ -41,8 +48,8 @@ def train(optimizer):
         updates, state = optimizer.update(noise.mean, state, params, value=value, noise=noise)
         return optax.apply_updates(params, updates), state, value, adabatch.metrics(state)
 
-    params = {"w": jnp.zeros(6), "b": jnp.zeros(())}
-    state, used, rows = optimizer.init(params), 0, []
+    params, used, rows = PARAMS, 0, []
+    state = optimizer.init(params)
     while used < TOTAL:
         size = int(adabatch.get_batch_size(state))
         params, state, value, shown = step(params, state, used, size // MICRO)
@@ -54,7 +61,7 @@ def train(optimizer):
 
 @pytest.fixture(scope="module")
 def run():
-    return train(make())
+    return train(make(autowu_options=UNSMOOTHED))
 
 
 def test_it_learns(run):
@@ -89,7 +96,7 @@ def test_the_rate_is_autowu_s_times_that_of_the_batch(run):
 
 
 @pytest.mark.slow
-def test_the_drop_in_finds_about_the_same(run):
+def test_the_drop_in_finds_about_the_same():
     """Slow: two whole runs with a Gaussian process in their step."""
     optimizer = adabatch.adaptive_multi_steps(make(), micro_batch_size=MICRO)
 
@@ -104,11 +111,10 @@ def test_the_drop_in_finds_about_the_same(run):
 
         return jax.lax.scan(step, (params, state), starts)
 
-    params = {"w": jnp.zeros(6), "b": jnp.zeros(())}
     (params, state), updated = steps(
-        params, optimizer.init(params), jnp.arange(0, TOTAL, MICRO, dtype=jnp.int32)
+        PARAMS, optimizer.init(PARAMS), jnp.arange(0, TOTAL, MICRO, dtype=jnp.int32)
     )
-    columns, fused = run
+    columns, fused = train(make())
     shown = adabatch.metrics(state)
     assert abs(int(updated.sum()) - len(columns["loss"])) <= 2
     assert shown["next_batch_size"] == columns["next_batch_size"][-1]
@@ -178,26 +184,114 @@ def test_rule_and_peak_suit_the_kind_of_direction(name):
         (optax.scale_by_adam(), {"initial_batch_size": 1024}, "initial_batch_size"),
         (optax.scale_by_adam(), {"wings": 2}, "wings"),
         (optax.scale_by_adam(), {"autowu_options": {"patience": 0}}, "patience"),
-        (optax.masked(optax.trace(0.9), {"w": True}), {}, r"could not be tried.*scaling="),
+        (optax.masked(optax.trace(0.9), {"v": True}), {}, r"could not be tried.*scaling="),
+        (optax.set_to_zero(), {}, r"moves no parameter.*scaling="),
     ],
 )
 def test_bad_arguments_are_named(direction, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        make(direction, **options)
+        make(direction, **options).init(PARAMS)
 
 
-def test_a_direction_that_cannot_be_tried_works_with_a_rule():
-    direction = optax.masked(optax.trace(0.9), {"w": True, "b": False})
-    schedule = {"smoother": "as they are"}
-    optimizer = make(direction, scaling=adabatch.linear_scaling(), autowu_options=schedule)
-    params = {"w": jnp.zeros(6), "b": jnp.zeros(())}
-    value, noise = adabatch.value_and_grad_noise(loss_fn)(
-        params, adabatch.split_groups((X[:32], Y[:32]), 8)
+NETWORK = {
+    "embed": jnp.full((6, 4), 0.5),
+    "dense": {"kernel": jnp.full((4, 3), 0.5), "bias": jnp.zeros(3)},
+}
+MATRICES = jax.tree.map(lambda p: p.ndim > 1, NETWORK)
+DENSE = {"embed": "frozen", "dense": {"kernel": "dense", "bias": "dense"}}
+DIMENSIONS = optax.contrib.MuonDimensionNumbers()
+
+
+def by_rank(params):
+    return jax.tree.map(lambda p: "vector" if p.ndim < 2 else "matrix", params)
+
+
+STRUCTURED = {
+    "decay by a tree": (
+        optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1, MATRICES)),
+        "sqrt",
+    ),
+    "masked by a function": (
+        optax.masked(optax.scale_by_adam(), lambda p: jax.tree.map(lambda w: w.ndim > 1, p)),
+        "sqrt",
+    ),
+    "the rest frozen": (
+        optax.partition({"dense": optax.trace(0.9), "frozen": optax.set_to_zero()}, DENSE),
+        "linear",
+    ),
+    "muon for matrices": (
+        optax.partition(
+            {
+                "matrix": optax.contrib.scale_by_muon(
+                    weight_dimension_numbers=lambda p: jax.tree.map(lambda _: DIMENSIONS, p)
+                ),
+                "vector": optax.scale_by_adam(),
+            },
+            by_rank,
+        ),
+        "sqrt",
+    ),
+    "mostly momentum": (
+        optax.partition({"matrix": optax.trace(0.9), "vector": optax.scale_by_adam()}, by_rank),
+        "linear",
+    ),
+    "mostly Adam": (
+        optax.partition({"matrix": optax.scale_by_adam(), "vector": optax.trace(0.9)}, by_rank),
+        "sqrt",
+    ),
+    "for one matrix alone": (optax.contrib.scale_by_muon(), "sqrt"),  # as Optax 0.2.8 has it
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_a_direction_is_tried_on_parameters_of_the_same_structure(name):
+    """Shapes are enough; what small parameters do not fit is tried on one matrix."""
+    direction, rule = STRUCTURED[name]
+    shapes = jax.eval_shape(lambda: NETWORK)
+    traits = probe_direction(direction, "here", "do that", shapes)
+    factor = float(traits.scaling(jnp.float32(64.0), jnp.float32(16.0)))
+    assert factor == {"sqrt": 2.0, "linear": 4.0}[rule]
+    state = jax.eval_shape(make(direction, autowu_options=UNSMOOTHED).init, shapes)
+    assert isinstance(state, ReturnToMinimumState)
+
+
+@pytest.mark.parametrize(
+    ("direction", "factor", "bound"),
+    [
+        (optax.scale_by_adam(), 4.0, 0.125),
+        (optax.scale_by_rss(0.0), 8.0, None),
+        (optax.stateless(lambda g, _: {"w": g["w"].reshape(2, 3)}), 4.0, 0.125),
+    ],
+    ids=["adam", "adagrad", "not to be tried"],
+)
+def test_a_rule_that_is_given_switches_nothing_else_off(direction, factor, bound, monkeypatch):
+    asked = []
+
+    def schedule(**options):
+        asked.append(options)
+        return adabatch.scale_by_improved_autowu(**options)
+
+    monkeypatch.setattr(_automatic, "scale_by_improved_autowu", schedule)
+    make(direction, scaling=adabatch.linear_scaling(), autowu_options=UNSMOOTHED).init(PARAMS)
+    assert (asked[-1]["peak_factor"], asked[-1]["max_relative_step"]) == (factor, bound)
+
+
+def test_an_update_without_init_knows_the_kind_and_what_is_frozen():
+    """As after a restart. A frozen matrix would raise the bound: its √outputs are no part of the length."""
+    params = {"embed": jnp.ones((64, 64)), "dense": {"kernel": jnp.full((4, 3), 0.1)}}
+    parts = {"dense": optax.scale_by_adam(), "frozen": optax.set_to_zero()}
+    direction = optax.partition(parts, {"embed": "frozen", "dense": {"kernel": "dense"}})
+    options = dict(autowu_options=UNSMOOTHED, multiple_of=1)
+    state = make(direction, **options).init(params)
+    mean = jax.tree.map(jnp.ones_like, params)
+    noise = adabatch.GradientNoise(mean, *(jnp.float32(1), *map(jnp.int32, (FIRST, 8))))
+    updates, state = jax.jit(make(direction, **options).update)(
+        noise.mean, state, params, value=jnp.float32(1.0), noise=noise
     )
-    updates, _ = jax.jit(optimizer.update)(
-        noise.mean, optimizer.init(params), params, value=value, noise=noise
-    )
-    np.testing.assert_allclose(updates["w"], -1e-5 * noise.mean["w"], rtol=1e-5)
+    np.testing.assert_allclose(updates["dense"]["kernel"], -1e-5, rtol=1e-5)
+    assert not updates["embed"].any()
+    bound = state.inner_returning_state.inner_schedule.step_length.highest_rate
+    np.testing.assert_allclose(bound, 0.125 * (0.25 * 3) ** 0.5 / 12**0.5, rtol=1e-5)
 
 
 def test_a_run_too_short_for_a_search_begins_at_once_and_says_so():
@@ -243,7 +337,7 @@ def test_a_short_run_of_vectors_alone_is_refused_before_it_starts():
     with pytest.warns(UserWarning, match="taken from the length of the parameters instead"):
         optimizer = make(total_examples=60 * FIRST)
     with pytest.raises(ValueError, match=r"initial_batch_size=32 is too short .*two axes"):
-        optimizer.init({"w": jnp.zeros(6), "b": jnp.zeros(())})
+        optimizer.init(PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -251,12 +345,9 @@ def test_a_short_run_of_vectors_alone_is_refused_before_it_starts():
     [("value", "value=loss"), ("noise", "noise="), ("params", "keeps a snapshot")],
 )
 def test_what_update_needs_is_said(left_out, message):
-    optimizer = make()
-    params = {"w": jnp.zeros(6), "b": jnp.zeros(())}
-    value, noise = adabatch.value_and_grad_noise(loss_fn)(
-        params, adabatch.split_groups((X[:32], Y[:32]), 8)
-    )
-    given = {"params": params, "value": value, "noise": noise}
+    optimizer = make(autowu_options=UNSMOOTHED)
+    noise = adabatch.GradientNoise(PARAMS, *(jnp.float32(1), *map(jnp.int32, (FIRST, 8))))
+    given = {"params": PARAMS, "value": jnp.float32(1.0), "noise": noise}
     given.pop(left_out)
     with pytest.raises(ValueError, match=message):
-        optimizer.update(noise.mean, optimizer.init(params), **given)
+        jax.eval_shape(optimizer.update, PARAMS, optimizer.init(PARAMS), **given)
