@@ -8,6 +8,7 @@ import pytest
 
 from adabatch_jax import by_examples, sqrt_scaling
 from adabatch_jax.learning_rate import follow_batch_size, scaled_weight_decay
+from tests.marks import slow
 
 BASE = 64
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3), "b": jnp.zeros(3)}
@@ -52,7 +53,12 @@ def trained(optimizer, sizes, **extra):
     return params, state
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+QUICK = ("adamw, its mask a function", "inject_hyperparams within a chain")
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *slow(*(name for name in FACTORIES if name not in QUICK))]
+)
 def test_with_a_batch_that_stays_nothing_changes(name):
     factory, options = FACTORIES[name]()
     ours = by_examples(factory, base_batch_size=BASE)(learning_rate=SCHEDULE, **options)

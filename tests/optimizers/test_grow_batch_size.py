@@ -8,6 +8,7 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import grow_batch_size
+from tests.marks import slow
 
 BASE, MICRO, LARGEST = 32, 8, 256
 SIZES = dict(base_batch_size=BASE, max_batch_size=LARGEST, micro_batch_size=MICRO)
@@ -59,7 +60,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+QUICK = ("adamw, a mask tree", "momentum")
+
+
+@pytest.mark.parametrize("name", [*QUICK, *slow(*(name for name in KINDS if name not in QUICK))])
 def test_the_schedule_is_read_by_examples_and_the_rate_follows_by_the_kind(name):
     make, power = KINDS[name]
     factory, options = make()
@@ -80,12 +84,12 @@ def test_the_schedule_is_read_by_examples_and_the_rate_follows_by_the_kind(name)
 
 def test_without_noise_it_is_the_optimizer_itself():
     optimizer = grow_batch_size(optax.adamw, learning_rate=SCHEDULE, **SIZES)
-    plain, state, params = optax.adamw(SCHEDULE), None, PARAMS
+    plain, params = optax.adamw(SCHEDULE), PARAMS
     state = plain.init(PARAMS)
-    ours, moved = optimizer.init(PARAMS), PARAMS
+    ours, moved, update = optimizer.init(PARAMS), PARAMS, jax.jit(optimizer.update)
     for _ in range(12):  # three batches of four equal gradients
         grads = jax.tree.map(jnp.ones_like, PARAMS)
-        updates, ours = optimizer.update(grads, ours, moved)
+        updates, ours = update(grads, ours, moved)
         moved = optax.apply_updates(moved, updates)
     for _ in range(3):
         updates, state = plain.update(grads, state, params)
