@@ -122,9 +122,9 @@ def warn_of_shared_keys(where: str, args: tuple[Any, ...]) -> None:
         if isinstance(x, jax.Array | np.ndarray) and is_key(jnp.asarray(x), 0):
             warnings.warn(
                 f"{where}: args{jax.tree_util.keystr(path)} is a PRNG key, the same in every group: what "
-                "is drawn from it, such as dropout, repeats from group to group, and its noise is not seen. "
-                "Give each group a key of its own as a leaf of groups: "
-                "(groups, jax.random.split(key, num_groups))",
+                "is drawn from it, such as dropout, repeats in every group, and its noise is not seen. "
+                "Give each group a key of its own as a leaf of groups: (groups, jax.random.split(key, "
+                "num_groups))",
                 stacklevel=4,  # whoever calls the function that an estimator returned
             )
             return
