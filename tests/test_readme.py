@@ -1,4 +1,4 @@
-"""Code in README and guide runs as printed; links between documents, and commands in them, lead somewhere."""
+"""Code in README and guide runs as printed; links between documents and commands in them lead somewhere."""
 
 import pathlib
 import re

@@ -21,6 +21,10 @@ from adabatch_jax.noise import GradientNoise
 __all__ = ["TrainState"]
 
 
+def _nothing() -> None:
+    return None
+
+
 class TrainState(train_state.TrainState):
     """Flax's `TrainState`, whose `apply_gradients` tells the optimizer the loss and the noise.
 
@@ -76,9 +80,13 @@ class TrainState(train_state.TrainState):
     Source: the class is flax.training's; forwarding, guard and average are ours.
     """
 
-    batch_stats: Any = struct.field(default=None, kw_only=True)
-    ema_params: Any = struct.field(default=None, kw_only=True)
-    ema_decay: float | None = struct.field(pytree_node=False, default=None, kw_only=True)
+    # By a factory: a default that is an attribute of the class would come back in a subclass that declares
+    # `batch_stats: Any` once more, as many do, and fields without a default could not follow it.
+    batch_stats: Any = struct.field(default_factory=_nothing, kw_only=True)
+    ema_params: Any = struct.field(default_factory=_nothing, kw_only=True)
+    ema_decay: float | None = struct.field(
+        pytree_node=False, default_factory=_nothing, kw_only=True
+    )
 
     @property
     def optimizer_steps(self) -> jax.Array:
