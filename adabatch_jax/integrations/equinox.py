@@ -27,7 +27,9 @@ def value_and_grad_noise(
     Batch normalisation: hand the `eqx.nn.State` over behind the groups and return the new one as aux:
     `loss_fn(model, group, state) -> (loss, state)` with `has_aux=True`. Every group is normalised by
     itself. The statistics that come back are the mean, weighted by examples, of those that the groups
-    leave behind; counters and flags are those of the first.
+    leave behind; counters and flags are those of the first. Equinox makes its counters weakly typed, and
+    what a loop over groups returns has no weak type: begin with
+    `state = jax.tree.map(lambda x: x.astype(x.dtype), state)`, or the second step is compiled once more.
 
     Args:
       loss_fn: `loss_fn(model, group, *args)`, the mean loss of one group, or `(loss, aux)` with `has_aux`.

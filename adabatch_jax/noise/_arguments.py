@@ -93,7 +93,7 @@ def to_arrays(where: str, name: str, tree: PyTree) -> PyTree:
     def one(path: Any, leaf: Any) -> jax.Array:
         try:
             return jnp.asarray(leaf)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # the latter for a string
             raise ValueError(
                 f"{where}: {name}{jax.tree_util.keystr(path)} is no array but {leaf!r}: hand in the arrays "
                 "alone and close over the rest, as in `arrays, static = eqx.partition(model, "

@@ -44,8 +44,9 @@ FACTORIES = {
 
 
 @pytest.mark.parametrize("kind", FACTORIES)
-def test_a_leaf_that_is_no_array_names_the_partition(kind):
-    params = {"w": jnp.ones(3), "activation": jax.nn.relu}
+@pytest.mark.parametrize("leaf", [jax.nn.relu, "relu"], ids=["function", "string"])
+def test_a_leaf_that_is_no_array_names_the_partition(kind, leaf):
+    params = {"w": jnp.ones(3), "activation": leaf}
     with pytest.raises(ValueError, match=r"params\['activation'\] is no array.*eqx.partition"):
         FACTORIES[kind](lambda p, x: jnp.mean(x @ p["w"]))(params, GROUPS)
     with pytest.raises(ValueError, match=r"groups\[1\] is no array"):
