@@ -15,6 +15,7 @@ import adabatch_jax.training
 
 PATH = pathlib.Path(__file__).parents[1] / "API.md"
 ROOMS = ("noise", "batch_size", "curvature", "learning_rate", "optimizers", "training")
+ROOMS += ("integrations.flax", "integrations.nnx", "integrations.equinox")
 HEAD = """# Public names
 
 Written by `python tests/api_index.py` from the docstrings; `help(name)` shows all of one: formula,
@@ -35,7 +36,8 @@ def first_line(room: str, name: str) -> str:
 def shown(room: str, name: str) -> str:
     """`name(arguments)` without defaults; a type alone as its name."""
     thing = getattr(importlib.import_module(f"adabatch_jax.{room}"), name)
-    first = " *" if name in adabatch_jax.__all__ else ""
+    in_facade = name in adabatch_jax.__all__ and thing is getattr(adabatch_jax, name)
+    first = " *" if in_facade else ""
     if inspect.isclass(thing):
         return f"`{name}`{first}"
     parts, starred = [], False

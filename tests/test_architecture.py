@@ -26,6 +26,7 @@ CORE = {
 CORE[""] = set(CORE)
 MAY_IMPORT = CORE | {
     "training": set(CORE),
+    "integrations": set(CORE),
     "cli": {*CORE, "training"},
     "__main__": {"cli"},
 }
@@ -53,6 +54,8 @@ IN_TRAINING["_loop"] |= {"data", "devices", "models", "record", "step"}
 IN_TRAINING["_train"] = {"_config", "_files", "_loop", "_plan", "_run_state"}
 IN_TRAINING["_train"] |= {"checkpoint", "data", "devices", "plot", "record", "step"}
 IN_TRAINING[""] = set(IN_TRAINING)
+# File of integrations/ -> the one library of the extras that it imports.
+FRAMEWORK = {"flax": "flax", "nnx": "flax", "equinox": "equinox"}
 MAX_FILES_AT_THE_TOP = 12  # of training/
 MAX_NAMES_IN_THE_FACADE = 45
 
@@ -193,6 +196,19 @@ def test_training_has_few_files_at_its_top():
     assert len(top) <= MAX_FILES_AT_THE_TOP, top
 
 
+INTEGRATIONS = [name for name in FILES if unit(name) == "integrations"]
+
+
+def test_an_integration_imports_its_framework_alone():
+    found = {
+        module.split(".")[-1]: {name.split(".")[0] for name in imports(module)} & ONLY_IN_EXTRAS
+        for module in INTEGRATIONS
+    }
+    assert found == {file: {name} for file, name in FRAMEWORK.items()} | {"integrations": set()}
+    wrong = [x for x in imports_of(INTEGRATIONS) if unit(x[1]) == "integrations"]
+    assert not wrong, f"and none of the others: {wrong}"
+
+
 def test_rooms_are_entered_by_their_door():
     """What another room needs is re-exported by the room's `__init__`, public or not."""
     wrong = [
@@ -260,7 +276,7 @@ def missing_words(room, name):
 def test_public_names_are_documented():
     wrong = [
         f"{room}.{name}: {problem}"
-        for room in CORE_ROOMS
+        for room in [*CORE_ROOMS, *INTEGRATIONS]
         for name in public_names(room)
         for problem in missing_words(room, name)
     ]

@@ -1,10 +1,12 @@
-"""The README's code runs as printed; links between our documents, and commands in them, lead somewhere."""
+"""Code in README and guide runs as printed; links between documents and commands in them lead somewhere."""
 
 import pathlib
 import re
 
 import matplotlib
 import pytest
+
+from tests.marks import slow
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -15,14 +17,16 @@ def code_blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_python_blocks_run_in_order(tmp_path, monkeypatch):
-    blocks = code_blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python")
-    assert blocks, "README.md shows no Python"
+@pytest.mark.parametrize("document", ["README.md", *slow("docs/adopt.md")])
+def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
+    """Slow: the guide trains in every framework; `tests/integrations/` has the same in small."""
+    blocks = code_blocks((ROOT / document).read_text(encoding="utf-8"), "python")
+    assert blocks, f"{document} shows no Python"
     monkeypatch.chdir(tmp_path)
     matplotlib.use("agg")
     namespace = {"__name__": "readme"}
     for number, block in enumerate(blocks, start=1):
-        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+        exec(compile(block, f"{document}, python block {number}", "exec"), namespace)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -9,21 +9,22 @@ examples, micro-batches that accumulation makes anyway, devices. `merge_noise` j
 * `value_and_grad_signs` is for batches that cannot be cut: random signs, one backward pass more.
 * `recommend_estimator` compares them by cost and by standard error.
 
-A model that is more than arrays is taken apart before and put together inside the loss. Equinox:
-`params, static = eqx.partition(model, eqx.is_inexact_array)`, and `eqx.combine(params, static)`. Flax NNX,
-whose state (batch statistics, the counters of dropout) advances as in one step, from the mean over groups
-of its floats:
+A model that is more than arrays is taken apart before and put together inside the loss, by
+`eqx.partition` and `eqx.combine`, or by `nnx.split` and `nnx.merge`: `adabatch_jax.integrations` does it.
 
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+Batch normalisation works, with each group normalised by itself. Return the new statistics as aux, and
+they come back as their mean over the groups. Dropout works, with a key for each group as a leaf of
+`groups`, `jax.random.split(key, num_groups)`. A key that groups share repeats their dropout, whose noise
+is then not seen:
 
-    def loss_fn(params, group, rest):
-        model = nnx.merge(graphdef, params, rest, copy=True)
-        loss = jnp.mean((model(group["x"]) - group["y"]) ** 2)
-        return loss, nnx.state(model, nnx.Not(nnx.Param))
+    def loss_fn(params, group, batch_stats):
+        x, y, key = group
+        logits, new = model.apply({"params": params, "batch_stats": batch_stats}, x,
+                                  rngs={"dropout": key}, mutable=["batch_stats"])
+        return cross_entropy(logits, y), new["batch_stats"]
 
-    (value, rest), noise = value_and_grad_noise(loss_fn, has_aux=True)(params, groups, rest)
+    (value, batch_stats), noise = value_and_grad_noise(loss_fn, has_aux=True)(params, groups, batch_stats)
 
-Dropout then is the same in every group, and its noise not seen, until each group brings a key of its own.
 Parameters may be complex: norms, scatter and inner products are those of real and imaginary parts.
 
 Parameters and models may be bfloat16: statistics are float32 all the same. A float16 model wants its

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,10 +13,12 @@ import numpy as np
 
 from adabatch_jax._axes import explicit_spec
 from adabatch_jax._types import PyTree
+from adabatch_jax.noise._groups import is_key
 
 _NNX = (
-    "of an nnx model take the parameters alone, `graphdef, params, rest = nnx.split(model, nnx.Param, "
-    "...)`, and put it together in the loss, `nnx.merge(graphdef, params, rest, copy=True)`"
+    "an nnx model goes straight into adabatch_jax.integrations.nnx.value_and_grad_noise. Or take its "
+    "parameters alone, `graphdef, params, rest = nnx.split(model, nnx.Param, ...)`, and put it together in "
+    "the loss, `nnx.merge(graphdef, params, rest, copy=True)`"
 )
 
 
@@ -90,11 +93,12 @@ def to_arrays(where: str, name: str, tree: PyTree) -> PyTree:
     def one(path: Any, leaf: Any) -> jax.Array:
         try:
             return jnp.asarray(leaf)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # the latter for a string
             raise ValueError(
                 f"{where}: {name}{jax.tree_util.keystr(path)} is no array but {leaf!r}: hand in the arrays "
                 "alone and close over the rest, as in `arrays, static = eqx.partition(model, "
-                "eqx.is_inexact_array)` with `eqx.combine(arrays, static)` inside the loss"
+                "eqx.is_inexact_array)` with `eqx.combine(arrays, static)` inside the loss, or let "
+                "adabatch_jax.integrations.equinox.value_and_grad_noise do so"
             ) from error
 
     return jax.tree.map_with_path(one, tree)
@@ -110,6 +114,20 @@ def check_in_turn(where: str, groups: PyTree) -> None:
                 "(axis 1), or for value_and_grad_noise(..., lanes=True) the lanes (axis 1 of [num_loops, "
                 "num_lanes, …]), or make the mesh with AxisType.Auto"
             )
+
+
+def warn_of_shared_keys(where: str, args: tuple[Any, ...]) -> None:
+    """A PRNG key among the further arguments of the loss is the same in every group."""
+    for path, x in jax.tree.leaves_with_path(args):
+        if isinstance(x, jax.Array | np.ndarray) and is_key(jnp.asarray(x), 0):
+            warnings.warn(
+                f"{where}: args{jax.tree_util.keystr(path)} is a PRNG key, the same in every group: what "
+                "is drawn from it, such as dropout, repeats in every group, and its noise is not seen. "
+                "Give each group a key of its own as a leaf of groups: (groups, jax.random.split(key, "
+                "num_groups))",
+                stacklevel=4,  # whoever calls the function that an estimator returned
+            )
+            return
 
 
 def taken_apart_loss(where: str, name: str, out: Any, has_aux: bool) -> tuple[Any, PyTree]:

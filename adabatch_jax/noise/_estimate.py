@@ -48,7 +48,8 @@ def value_and_grad_noise(
     Args:
       loss_fn: `loss_fn(params, group, *args)`, the **mean** loss of one group (scalar), or
         `(loss, aux)` with `has_aux`. A PRNG key that it closes over, or takes from `*args`, is the same in
-        every group, and so is their dropout: that noise is not seen. Give each group a key of its own.
+        every group, and so is their dropout: that noise is not seen. Give each group a key of its own, as a
+        leaf of `groups`, `jax.random.split(key, num_groups)`. A key among `*args` brings a warning.
       has_aux: whether `loss_fn` returns auxiliary data. Float and complex leaves come back as means
         weighted by examples (logits too: return what may be averaged). Integers, booleans and PRNG keys
         are those of one group, the first with examples (of the first lane or device that has any), so that

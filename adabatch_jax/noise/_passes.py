@@ -30,6 +30,7 @@ from adabatch_jax.noise._arguments import (
     take_apart,
     taken_apart_loss,
     to_arrays,
+    warn_of_shared_keys,
 )
 from adabatch_jax.noise._aux import join_aux, split_aux
 from adabatch_jax.noise._gradient_noise import GradientNoise, unless_measured
@@ -183,6 +184,7 @@ def value_and_noise(
     measure: Any,
 ) -> tuple[Any, GradientNoise]:
     """One call of what `value_and_grad_noise` returns."""
+    warn_of_shared_keys(WHERE, args)
     groups = to_arrays(WHERE, "groups", groups)
     parts = take_apart(WHERE, params, options.trained)
     leading = leading_shape(groups, options.leading_ndim)

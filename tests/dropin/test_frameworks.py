@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
-from flax.training import train_state
 
 import adabatch_jax as adabatch
+from adabatch_jax.integrations.flax import TrainState
 
 
 def cross_entropy(logits, labels):
@@ -38,15 +38,6 @@ def test_plain_functions(prove, controller, around, first_params, loss_fn):
     assert shown["num_examples"] + 8 * int(shown["micro_batches"]) == 8 * len(last.sizes)
 
 
-class TrainState(train_state.TrainState):
-    """The one adapter that Flax needs: its own `apply_gradients` has no way to hand on the loss."""
-
-    def apply_gradients(self, *, grads, value, **fields):
-        updates, opt_state = self.tx.update(grads, self.opt_state, self.params, value=value)
-        params = optax.apply_updates(self.params, updates)
-        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **fields)
-
-
 def remember_value():
     """A link that wants the loss, as AutoWU does: it keeps the last that it was told."""
 
@@ -66,7 +57,6 @@ def test_linen_with_a_train_state(prove, controller, around, digits):
     tx = around(optax.chain(controller(), remember_value(), optax.adam(0.01)))
     params = model.init(jax.random.key(0), digits[0][:1])
     first = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-    first = first.replace(step=jnp.int32(0))  # Flax begins with a Python integer: one trace more
 
     def step(train_state, x, y):
         value, grads = jax.value_and_grad(
@@ -75,7 +65,8 @@ def test_linen_with_a_train_state(prove, controller, around, digits):
         return train_state.apply_gradients(grads=grads, value=value), value
 
     last = prove(step, first, state=lambda train_state: train_state.opt_state)
-    assert int(last.carry.step) == len(last.losses), "a TrainState counts micro-batches"
+    assert int(last.carry.step) == len(last.losses)
+    assert int(last.carry.optimizer_steps) == last.moved.sum()
     before, end = np.flatnonzero(last.moved)[-2:]
     told = last.carry.opt_state.inner_opt_state[1]
     np.testing.assert_allclose(told, last.losses[before + 1 : end + 1].mean(), rtol=1e-5)

@@ -44,8 +44,9 @@ FACTORIES = {
 
 
 @pytest.mark.parametrize("kind", FACTORIES)
-def test_a_leaf_that_is_no_array_names_the_partition(kind):
-    params = {"w": jnp.ones(3), "activation": jax.nn.relu}
+@pytest.mark.parametrize("leaf", [jax.nn.relu, "relu"], ids=["function", "string"])
+def test_a_leaf_that_is_no_array_names_the_partition(kind, leaf):
+    params = {"w": jnp.ones(3), "activation": leaf}
     with pytest.raises(ValueError, match=r"params\['activation'\] is no array.*eqx.partition"):
         FACTORIES[kind](lambda p, x: jnp.mean(x @ p["w"]))(params, GROUPS)
     with pytest.raises(ValueError, match=r"groups\[1\] is no array"):
@@ -85,6 +86,7 @@ def test_equinox_model():
     np.testing.assert_allclose(handed(params, GROUPS, static)[0], true, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.* is a PRNG key, the same in every group:UserWarning")
 def test_nnx_model():
     nnx = pytest.importorskip("flax.nnx")
 
@@ -119,3 +121,15 @@ def test_nnx_model():
         int(new["dropout"]["rngs"]["count"][...]) == int(once["dropout"]["rngs"]["count"][...]) == 1
     )
     np.testing.assert_allclose(new["norm"]["mean"][...], 0.1 * x.mean((0, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)], ids=["typed", "raw"])
+def test_a_key_that_all_groups_share_is_told(key):
+    def loss(w, group, state):
+        return jnp.mean(w @ group * jax.random.bernoulli(state["key"]))
+
+    fn = value_and_grad_noise(loss)
+    state = {"count": jnp.uint32(2), "key": key}
+    with pytest.warns(UserWarning, match=r"args\[0\]\['key'\] is a PRNG key.*split\(key") as told:
+        jax.eval_shape(lambda w: fn(w, GROUPS, state), jnp.ones(2))
+    assert len(told) == 1 and told[0].filename == __file__
