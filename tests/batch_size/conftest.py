@@ -40,18 +40,27 @@ def _noise(
     )
 
 
+FEW = 3
+
+
 class Controller:
-    """`adapt_batch_size` together with its state; the update is compiled once."""
+    """`adapt_batch_size` together with its state.
+
+    The first updates run operation by operation: a program for each operation serves all tests, while
+    that of an update serves one test. A long run is compiled.
+    """
 
     def __init__(self, criterion: Any, params: Any = None, **options: Any) -> None:
         options = {"initial_batch_size": 64, "max_batch_size": 8192} | options
         self.link = adapt_batch_size(criterion, **options)
         self.state = self.link.init(jnp.zeros(2) if params is None else params)
-        self._update = jax.jit(self.link.update)
+        self._update, self._fed = jax.jit(self.link.update), 0
 
     def feed(self, noise: GradientNoise, **extra: Any) -> int:
         """One update; the batch size after it."""
-        _, self.state = self._update(noise.mean, self.state, noise=noise, **extra)
+        self._fed += 1
+        with jax.disable_jit(self._fed <= FEW):
+            _, self.state = self._update(noise.mean, self.state, noise=noise, **extra)
         return self.batch_size
 
     @property

@@ -15,6 +15,7 @@ from adabatch_jax import (
     inner_product_test,
     norm_test,
 )
+from tests.marks import slow
 
 N = 1000
 
@@ -40,7 +41,7 @@ CRITERIA = {
 
 
 @pytest.mark.parametrize("name", CRITERIA)
-@pytest.mark.parametrize("monotone", [False, True])
+@pytest.mark.parametrize("monotone", [False, *slow(True)])
 def test_one_test_finds_the_size_that_passes_it(controller, name, monotone):
     """T n/(n + T), whatever the present size is: no cycle, no overshoot."""
     criterion, options = CRITERIA[name]
@@ -55,7 +56,7 @@ def test_one_test_finds_the_size_that_passes_it(controller, name, monotone):
     np.testing.assert_allclose(control.metrics["noise_scale"], 3000, rtol=0.6)
 
 
-@pytest.mark.parametrize("size", [3, 6, 11, 12])
+@pytest.mark.parametrize("size", [3, 12, *slow(6, 11)])
 def test_the_debiased_denominator_is_unbiased_over_all_samples(controller, size):
     """Over every subset of twelve examples the mean of ‖ḡ‖² − tr/b · (n − b)/n is ‖∇F‖²."""
     gradients = np.random.default_rng(0).normal(size=(12, 3)) + 0.5

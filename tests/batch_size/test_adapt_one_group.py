@@ -14,6 +14,7 @@ from adabatch_jax import (
     metrics,
     norm_test,
 )
+from tests.marks import slow
 
 SMALL = {"trace": 5.0, "square": 1.0}
 
@@ -27,7 +28,7 @@ def feed(control, make_noise, group, down=False, **statistics):
 
 
 @pytest.mark.parametrize("down", [True, False], ids=["whole groups", "a rest"])
-@pytest.mark.parametrize("group", [1, 8, 16, 48])
+@pytest.mark.parametrize("group", [1, 48, *slow(8, 16)])
 def test_it_settles_at_two_groups_and_grows_again(controller, make_noise, group, down):
     control = controller(norm_test(1.0), monotone=False)
     sizes = [feed(control, make_noise, group, down, **SMALL) for _ in range(12)]
@@ -77,7 +78,7 @@ def test_a_batch_that_may_not_shrink_stays(controller, make_noise):
     assert int(control.metrics["skipped_tests"]) == 3
 
 
-@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("group", [8, *slow(1)])
 def test_cabs_rises_with_a_rate_that_warms_up_from_nothing(controller, make_noise, group):
     """As its docstring has it; b = α tr Σ / L = 0 at first, and 200 at the end."""
     control = controller(

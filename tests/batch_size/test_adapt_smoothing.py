@@ -18,6 +18,7 @@ from adabatch_jax import (
     metrics,
     norm_test,
 )
+from tests.marks import slow
 
 
 def averaged(values, decay):
@@ -82,7 +83,7 @@ def test_coordinates_are_averaged_one_by_one(controller):
     assert control.batch_size == np.ceil(required)
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.8])
+@pytest.mark.parametrize("ema_decay", [None, *slow(0.8)])
 @pytest.mark.parametrize(
     ("criterion", "size"), [(coordinate_norm_test(0.5, quantile=1.0), 400), (norm_test(0.5), 340)]
 )

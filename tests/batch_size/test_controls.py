@@ -82,7 +82,7 @@ def drop_in(options):
 
 
 @pytest.mark.parametrize("make_run", [fused, drop_in])
-@pytest.mark.parametrize("options", [{}, {"debias": True, "ema_decay": 0.9}], ids=str)
+@pytest.mark.parametrize("options", [{}, *slow({"debias": True, "ema_decay": 0.9})], ids=str)
 def test_one_example_repeated_never_grows_the_batch(make_run, options):
     run = jax.jit(make_run(options))
     state, sizes = run(examples(repeated=True))

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
+from tests.marks import slow
 
 pytestmark = pytest.mark.usefixtures("optimized")
 WIDTH, SIZE, GROUPS = 256, 16, 8
@@ -133,7 +134,7 @@ def test_random_signs_cost_one_pass_backwards_more():
     ("criterion", "options"),
     [
         (adabatch.norm_test(0.5), {}),
-        (adabatch.coordinate_norm_test(0.5), {"ema_decay": 0.9}),
+        *slow((adabatch.coordinate_norm_test(0.5), {"ema_decay": 0.9})),
     ],
     ids=["norm", "coordinate"],
 )

@@ -10,6 +10,7 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import BatchSizeStatus
+from tests.marks import slow
 
 INNER = {
     "adam": optax.adam(0.1),
@@ -112,7 +113,7 @@ def test_without_one_good_micro_batch_no_step_is_made_and_the_count_says_so(name
     assert shown["micro_batches"] == shown["skipped_micro_batches"] == MOST_CALLS - 4
 
 
-@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("watched", [True, *slow(False)])
 def test_autowu_in_the_drop_in_is_told_when_every_micro_batch_is_broken(watched):
     """As in the fused step: it goes back if it may. Otherwise its state stays out of it, too."""
     schedule = adabatch.scale_by_autowu(

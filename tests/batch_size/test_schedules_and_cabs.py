@@ -21,6 +21,7 @@ from adabatch_jax import (
     split_groups,
     value_and_grad_noise,
 )
+from tests.marks import slow
 
 
 def test_cabs_by_hand(make_noise):
@@ -105,7 +106,7 @@ def test_a_drop_in_loop_hands_the_mean_loss_to_cabs():
     assert int(get_batch_size(state)) == 800  # 8 · (100 + 100) over 2
 
 
-@pytest.mark.parametrize("options", [{}, {"debias": True}, {"dataset_size": 1000}])
+@pytest.mark.parametrize("options", [{"dataset_size": 1000}, *slow({}, {"debias": True})])
 def test_a_schedule_is_followed_whatever_the_noise(controller, options):
     link = controller(
         batch_size_schedule(optax.linear_schedule(64, 512, 1000)), multiple_of=64, **options

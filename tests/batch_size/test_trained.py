@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
+from tests.marks import slow
 
 PARAMS = {"frozen": jnp.ones((2, 3)), "one": jnp.ones(()), "trained": jnp.ones(4)}
 MASK = {"frozen": True, "one": False, "trained": False}
@@ -120,7 +121,7 @@ def trained_alone(tree):
     return {k: v for k, v in tree.items() if k != "frozen"}
 
 
-@pytest.mark.parametrize("criterion", ["norm", "coordinates"])
+@pytest.mark.parametrize("criterion", ["coordinates", *slow("norm")])
 def test_noise_and_batch_are_those_of_the_trained_part_by_itself(criterion):
     test, options = adabatch.norm_test(0.1), {}
     if criterion == "coordinates":

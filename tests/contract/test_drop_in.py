@@ -77,7 +77,7 @@ DIRECTIONS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["adam", "partition", *slow("clipped sgd", "apply_if_finite", "schedule_free", "muon")]
+    "name", ["partition", *slow("adam", "clipped sgd", "apply_if_finite", "schedule_free", "muon")]
 )
 def test_with_a_batch_that_cannot_grow_it_is_multi_steps(name):
     data = batches(48)
@@ -94,7 +94,7 @@ def test_with_a_batch_that_cannot_grow_it_is_multi_steps(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["apply_if_finite", "muon", *slow("adam", "clipped sgd", "partition", "schedule_free")]
+    "name", ["muon", *slow("adam", "apply_if_finite", "clipped sgd", "partition", "schedule_free")]
 )
 def test_the_batch_grows_around_any_direction_in_one_trace(name):
     inner = optax.chain(controller(), DIRECTIONS[name]())

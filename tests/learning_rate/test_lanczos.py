@@ -1,5 +1,7 @@
 """`scale_by_lanczos`: the variants' formulas, when it measures, what it does with a bad measurement."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,25 +20,32 @@ def bowl(curvatures, w):
     return 0.5 * jnp.sum(curvatures * w**2)
 
 
+@functools.cache
 def link(variant="heavy_ball", **options):
     common = dict(refresh_every=4, safety=1.0, ema_decay=0.0, max_momentum=0.99)
     return adabatch.scale_by_lanczos(variant, **(common | options))
 
 
-def follow(optimizer, curvatures, w=W, **extra_args):
-    """States of jitted steps on quadratics whose curvatures are given step by step."""
+@functools.cache
+def step_of(optimizer):
+    """One program for all tests of the same options."""
 
     @jax.jit
-    def step(w, state, c):
+    def step(w, state, c, extra_args):
         value_fn = lambda w: bowl(c, w)
         updates, state = optimizer.update(
             jax.grad(value_fn)(w), state, w, value_fn=value_fn, **extra_args
         )
         return optax.apply_updates(w, updates), state
 
+    return step
+
+
+def follow(optimizer, curvatures, w=W, **extra_args):
+    """States of jitted steps on quadratics whose curvatures are given step by step."""
     state, states = optimizer.init(w), []
     for c in curvatures:
-        w, state = step(w, state, jnp.asarray(c))
+        w, state = step_of(optimizer)(w, state, jnp.asarray(c), extra_args)
         states.append(state)
     return w, states
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,24 @@ def schedule(**options):
     return adabatch.scale_by_autowu(**(OPTIONS | options))
 
 
+@functools.cache
+def update_of(optimizer):
+    """One program for all runs of an optimizer."""
+    return jax.jit(lambda g, s, p, v: optimizer.update(g, s, p, value=v))
+
+
+@functools.cache
+def bounded():
+    link = schedule(max_relative_step=5e-4, at_limit="minimum")
+    return adabatch.return_to_minimum(optax.chain(link))
+
+
+@functools.cache
+def watching():
+    link = schedule(watch_divergence=True, steps_per_test=2)
+    return adabatch.return_to_minimum(optax.chain(optax.scale_by_adam(), link))
+
+
 class Run(NamedTuple):
     params: list  # before each step, and after the last
     states: list
@@ -31,10 +50,9 @@ def run(optimizer, losses, params=None, gradient=None, until=T):
     params = {"w": jnp.array([1.0, -2.0, 0.3])} if params is None else params
     gradient = jax.tree.map(jnp.ones_like, params) if gradient is None else gradient
     state = optimizer.init(params)
-    step = jax.jit(lambda p, s, v: optimizer.update(gradient, s, p, value=v))
     done = Run([params], [state])
     for loss in np.float32(losses)[:until]:
-        updates, state = step(params, state, loss)
+        updates, state = update_of(optimizer)(gradient, state, params, loss)
         params = optax.apply_updates(params, updates)
         done.params.append(params)
         done.states.append(state)
@@ -82,9 +100,8 @@ def test_afterwards_it_stays_out_of_the_way(bowl):
     plain = optax.chain(optax.scale_by_adam(), schedule())
     state, params = inner(bowl.states[t]), bowl.params[t]
     for k in range(t, 30):
-        updates, state = jax.jit(plain.update)(
-            {"w": jnp.ones(3)}, state, params, value=jnp.float32(BOWL[k])
-        )
+        ones, loss = {"w": jnp.ones(3)}, jnp.float32(BOWL[k])
+        updates, state = update_of(plain)(ones, state, params, loss)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(params["w"], bowl.params[k + 1]["w"], rtol=1e-6)
 
@@ -105,8 +122,7 @@ def test_at_the_limit_with_the_last_rate_nothing_goes_back():
 )
 def test_above_the_bound_of_the_rate_no_snapshot_is_taken(losses, end):
     """A gradient as long as w; rates pass 5e-4 after ten steps. At the limit it goes back there, too."""
-    link = optax.chain(schedule(max_relative_step=5e-4, at_limit="minimum"))
-    done = run(adabatch.return_to_minimum(link), losses, {"w": jnp.ones((2, 2))}, until=32)
+    done = run(bounded(), losses, {"w": jnp.ones((2, 2))}, until=32)
     t = switch_of(done)
     assert int(inner(done.states[t])[0].warmup_end) == end
     taken = [int(s.snapshots_taken) for s in done.states]
@@ -120,16 +136,13 @@ def test_above_the_bound_of_the_rate_no_snapshot_is_taken(losses, end):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e9])
 def test_after_a_divergence_everything_is_finite_again(bad):
     """The gradient that comes with the bad loss is NaN and spoils the moments."""
-    optimizer = adabatch.return_to_minimum(
-        optax.chain(optax.scale_by_adam(), schedule(watch_divergence=True, steps_per_test=2))
-    )
     params = {"w": jnp.array([1.0, 2.0])}
-    state, step = optimizer.init(params), jax.jit(optimizer.update)
+    state = watching().init(params)
     losses = np.where(np.arange(T) < 18, 3.0 - 0.1 * np.arange(T), bad)
     for t in range(20):
         gradient = {"w": jnp.full(2, np.nan if t >= 18 else 1.0, jnp.float32)}
         before = params, inner(state)[0]
-        updates, state = step(gradient, state, params, value=jnp.float32(losses[t]))
+        updates, state = update_of(watching())(gradient, state, params, jnp.float32(losses[t]))
         params = optax.apply_updates(params, updates)
         if t == 18:  # the first is left out, and what came with it
             assert int(inner(state)[1].warmup_end) == WarmupEnd.RUNNING

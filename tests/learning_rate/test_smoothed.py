@@ -61,7 +61,7 @@ def test_wrapped_and_stacked_states_read_like_one(state):
 
 
 def test_before_the_first_test_there_is_no_curve():
-    link = adabatch.scale_by_autowu(total_steps=T, steps_per_test=10)
+    link = adabatch.scale_by_autowu(total_steps=T, steps_per_test=10, smoother="as they are")
     seen = adabatch.learning_rate.smoothed_losses(state_after(link, BOWL[:3]))
     assert len(seen.losses) == 3 and seen.grid.size == 0
     assert np.isnan(seen.minimum) and np.isnan(seen.end)
@@ -80,7 +80,9 @@ def test_with_more_losses_than_the_dense_smoother_takes():
 
 
 def test_positions_are_examples_with_the_examples_clock():
-    link = adabatch.scale_by_autowu(total_examples=640, examples_per_test=64, patience=2)
+    link = adabatch.scale_by_autowu(
+        total_examples=640, examples_per_test=64, patience=2, smoother="as they are"
+    )
     state = state_after(link, BOWL[:20], num_examples=np.full(20, 16, np.int32))
     seen = adabatch.learning_rate.smoothed_losses(state)
     assert not seen.by_steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,15 @@ def dense(kernel, x, y, mean, noise):
 def padded(values, length=700, fill=np.nan):
     """A buffer with something in its unused part that would spoil every sum."""
     return jnp.asarray(np.pad(values, (0, length - len(values)), constant_values=fill), jnp.float32)
+
+
+RBF, QUASISEP = rbf_smoother(), quasisep_smoother()
+
+
+@functools.cache
+def compiled(smoother):
+    """One program for all series in buffers of the same length."""
+    return jax.jit(smoother.test)
 
 
 def likelihood(gram, y):
@@ -115,9 +126,8 @@ def test_the_curve_s_points_find_their_places_among_the_losses():
 
 def test_the_paper_s_fit_is_adam_on_the_dense_likelihood():
     x, y = series(80)
-    smoother = rbf_smoother()
-    state, _ = jax.jit(smoother.test)(
-        smoother.init(), padded(x, fill=0.5), padded(y, fill=9.0), jnp.int32(80), KEY
+    state, _ = compiled(RBF)(
+        RBF.init(), padded(x, fill=0.5), padded(y, fill=9.0), jnp.int32(80), KEY
     )
     with jax.enable_x64(True):
 
@@ -164,31 +174,27 @@ def _matern52(x, scale):
 
 
 @pytest.mark.parametrize(
-    "smoother",
-    [rbf_smoother(), pytest.param(quasisep_smoother(), marks=pytest.mark.slow)],
-    ids=["rbf", "quasisep"],
+    "smoother", [RBF, pytest.param(QUASISEP, marks=pytest.mark.slow)], ids=["rbf", "quasisep"]
 )
 def test_what_lies_beyond_the_count_does_not_matter(smoother):
     x, y = series(90)
     results = []
     for fill in (0.3, 0.9):
-        found = jax.jit(smoother.test)(
-            smoother.init(), padded(x, 200, fill), padded(y, 200, 50 * fill), jnp.int32(90), KEY
-        )
+        buffers = padded(x, fill=fill), padded(y, fill=50 * fill)
+        found = compiled(smoother)(smoother.init(), *buffers, jnp.int32(90), KEY)
         results.append(found)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *results)
 
 
-@pytest.mark.parametrize("smoother", [rbf_smoother(), quasisep_smoother()], ids=["rbf", "quasisep"])
+@pytest.mark.parametrize("smoother", [RBF, QUASISEP], ids=["rbf", "quasisep"])
 def test_a_bowl_is_past_its_minimum_and_a_slope_is_not(smoother):
     x, bowl = series(400)
-    test = jax.jit(smoother.test)
-    args = jnp.int32(400), KEY
-    _, seen = test(smoother.init(), padded(x, 400), padded(bowl, 400), *args)
+    test, args = compiled(smoother), (jnp.int32(400), KEY)
+    _, seen = test(smoother.init(), padded(x, fill=0.5), padded(bowl, fill=9.0), *args)
     assert (np.asarray(seen.probability) > 0.99).all()
     np.testing.assert_allclose(seen.location, 0.6, atol=0.06)
     slope = 2.0 - x + 0.15 * np.random.default_rng(1).normal(size=400)
-    _, seen = test(smoother.init(), padded(x, 400), padded(slope, 400), *args)
+    _, seen = test(smoother.init(), padded(x, fill=0.5), padded(slope, fill=9.0), *args)
     assert (np.asarray(seen.probability) < 0.9).all()
     assert (np.asarray(seen.location) > 0.95).all()
 
@@ -262,10 +268,10 @@ def test_they_are_compiled_even_where_jit_is_disabled(module, monkeypatch):
 @pytest.mark.parametrize("units", [1e6, *slow(1e-6)])
 def test_the_smoother_of_all_losses_answers_alike_in_all_units(units):
     x, y = series(90)
-    y, given = y - 1.5 * (x - 0.6) ** 2 * (x > 0.6), (jnp.int32(90), KEY, 1.0)  # hardly rises
-    test, start = jax.jit(quasisep_smoother().test), quasisep_smoother().init()
-    _, seen = test(start, padded(x, 200, 0.3), padded(units * y, 200, 5.0), *given)
-    _, expected = test(start, padded(x, 200, 0.3), padded(y, 200, 5.0), *given)
+    y, given = y - 1.5 * (x - 0.6) ** 2 * (x > 0.6), (jnp.int32(90), KEY)  # hardly rises
+    test, start, x = compiled(QUASISEP), QUASISEP.init(), padded(x, fill=0.3)
+    _, seen = test(start, x, padded(units * y, fill=5.0), *given)
+    _, expected = test(start, x, padded(y, fill=5.0), *given)
     assert 0.6 < float(expected.probability[0]) < 0.999
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), seen, expected)
 

@@ -11,6 +11,7 @@ import pytest
 from jax.experimental import io_callback
 
 from adabatch_jax.training import TrainConfig, build_optimizer, make_step, resolve
+from tests.marks import slow
 
 # Rows whose programs hold products of ours; the reader would find them there.
 HAVE_PRODUCTS = {
@@ -42,6 +43,8 @@ STEPS = {
     "random-matrix": dict(optimizer="adam", scaling="random-matrix"),
     "auto": dict(optimizer="adam", auto=True),
 }
+# The others make the same step of links that are rows of the table.
+QUICK = ["adam", "inner products", "coordinates", "lanczos-sgd", "auto"]
 
 
 def update_of(row, params):
@@ -85,7 +88,7 @@ def test_every_transformation_is_exported(check, row, params):
     assert any("f64>" in product for product in products) == in_float64
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", [*QUICK, *slow(*(x for x in STEPS if x not in QUICK))])
 def test_the_train_step_is_exported(check, name):
     optaxs_adam = STEPS[name]["optimizer"] in ("adam", "adamw", "lamb")
     params = {"scale": jnp.ones(CLASSES), "shift": jnp.zeros(CLASSES)}
@@ -97,7 +100,7 @@ def test_the_train_step_is_exported(check, name):
 
 @pytest.mark.parametrize(
     ("name", "default"),
-    [("autowu-improved", "high"), ("lanczos-sgd", None), ("random-matrix", "high")],
+    [("random-matrix", "high"), ("lanczos-sgd", None), *slow(("autowu-improved", "high"))],
 )
 def test_the_model_keeps_its_own_precision(reader, name, default):
     """Its products, and no others, have the examples of a group, or of the curvature, along an axis."""
