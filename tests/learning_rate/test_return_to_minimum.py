@@ -105,7 +105,7 @@ def test_at_the_limit_with_the_last_rate_nothing_goes_back():
 )
 def test_above_the_bound_of_the_rate_no_snapshot_is_taken(losses, end):
     """A gradient as long as w; rates pass 5e-4 after ten steps. At the limit it goes back there, too."""
-    link = optax.chain(schedule(max_relative_step=5e-4, at_limit="minimum"))
+    link = optax.chain(schedule(peak={"max_relative_step": 5e-4, "at_limit": "minimum"}))
     done = run(adabatch.return_to_minimum(link), losses, {"w": jnp.ones((2, 2))}, until=32)
     t = switch_of(done)
     assert int(inner(done.states[t])[0].warmup_end) == end
