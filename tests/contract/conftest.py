@@ -355,7 +355,7 @@ TABLE = [
         adabatch.optimizers.scale_by_batch_adam,
         (),
         {"base_batch_size": 16, "scale_betas": False, "nesterov": True}
-        | {"eps_scaling": adabatch.linear_scaling()},
+        | {"scaling": adabatch.linear_scaling()},
         ("b1", "b2", "eps", "base_batch_size"),
         noise_of,
         variant=True,
