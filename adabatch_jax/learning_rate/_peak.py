@@ -46,7 +46,7 @@ class Peak:
 
     Example:
       >>> import optax
-      >>> from adabatch_jax import scale_by_autowu
+      >>> from adabatch_jax.learning_rate import Peak, scale_by_autowu
       >>> def link(factor):
       ...     return scale_by_autowu(total_steps=100, steps_per_test=10, peak=Peak(factor=factor))
       >>> state = optax.inject_hyperparams(link)(factor=2.0).init({})  # a number of it, injected
