@@ -13,11 +13,11 @@
   `smoothed_losses` shows what it saw.
 * `scale_by_lanczos` measures the curvature now and then, and sets learning rate and momentum by it.
 
-AutoWU smooths the losses with a Gaussian process, in one of two ways. "rbf" is the paper's: a very
-smooth kernel of fixed length, fitted to 100 and conditioned on 500 random losses, five times.
-"quasisep" has a Matérn-5/2 kernel that learns its length, is conditioned on all losses in linear
-time, and leaves nothing to chance. `_posterior_test.py` says what both are asked, `_rbf.py` and
-`_quasisep.py` how they answer, `_autowu_step.py` what is done with the answer.
+AutoWU smooths the losses with a Gaussian process, in one of two ways. `rbf_smoother` is the paper's: a
+very smooth kernel of fixed length, fitted to 100 and conditioned on 500 random losses, five times.
+`quasisep_smoother` has a Matérn-5/2 kernel that learns its length, is conditioned on all losses in linear
+time, and leaves nothing to chance. `Smoother` says what both are asked, `_rbf.py` and `_quasisep.py`
+how they answer, `_autowu_step.py` what is done with the answer, and `Peak` which rate follows.
 
 For other rooms: `probe_direction` tells the traits of a direction (`DirectionTraits`), or that it
 cannot be tried (`UntriedError`); `batch_sizes` reads a batch size from what `update` is told,
@@ -37,7 +37,11 @@ from adabatch_jax.learning_rate._hyperparameter_rules import (
     scaled_weight_decay,
 )
 from adabatch_jax.learning_rate._lanczos import scale_by_lanczos
+from adabatch_jax.learning_rate._peak import Peak
+from adabatch_jax.learning_rate._posterior_test import Smoother
+from adabatch_jax.learning_rate._quasisep import quasisep_smoother
 from adabatch_jax.learning_rate._random_matrix import scale_by_random_matrix
+from adabatch_jax.learning_rate._rbf import rbf_smoother
 from adabatch_jax.learning_rate._return_to_minimum import return_to_minimum
 from adabatch_jax.learning_rate._scaling import (
     linear_scaling,
@@ -50,12 +54,16 @@ from adabatch_jax.learning_rate._smoothed import SmoothedLosses, smoothed_losses
 
 __all__ = [
     "AutowuPhase",
+    "Peak",
     "SmoothedLosses",
+    "Smoother",
     "WarmupEnd",
     "by_examples",
     "follow_batch_size",
     "linear_scaling",
+    "quasisep_smoother",
     "random_matrix_scaling",
+    "rbf_smoother",
     "return_to_minimum",
     "scale_by_autowu",
     "scale_by_batch_size",

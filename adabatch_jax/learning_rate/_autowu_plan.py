@@ -1,4 +1,4 @@
-"""The static part of AutoWU: its options, checked, and the learning rate as a function of position."""
+"""What AutoWU has been asked for, checked, and the learning rate as a function of position."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from adabatch_jax import _validate
+from adabatch_jax.learning_rate._peak import Peak
+from adabatch_jax.learning_rate._posterior_test import Smoother
 
 WARMUPS = ("exponential", "linear")
 UNITS = ("step", "epoch")
 DECAYS = ("cosine", "half_cosine")
-AT_LIMIT = ("last", "minimum")
-PEAK_AT = ("minimum", "earliest", "confirmed")
 # Of a warm-up, at least: with fewer the rate is multiplied by more than three from one to the next.
 LEAST_WARMUP_STEPS = 10
 _RAMP_START = 1.0 / 3.0  # of the peak, where a ramp begins
@@ -21,7 +21,7 @@ _WHERE = "scale_by_autowu"
 
 
 class Plan(NamedTuple):
-    """What a schedule has been asked for. Positions are in steps or examples, by the clock."""
+    """All that a step does not change. Positions are in steps or examples, by the clock."""
 
     by_steps: bool
     total: int
@@ -35,12 +35,20 @@ class Plan(NamedTuple):
     warmup_unit: str
     decay: str
     cooldown_fraction: float | None
-    hold_factor: Any
-    peak_at: str
-    peak_factor: Any
-    max_relative_step: Any
-    ramp_fraction: float
-    at_limit: str
+    max_losses: int
+    smoother: Smoother
+    peak: Peak
+    watch_divergence: bool
+
+    @property
+    def unsearched(self) -> bool:
+        """Whether there is no warm-up at all: the rate is given, or comes from the length of steps."""
+        return not self.max_warmup_fraction > 0
+
+    @property
+    def tests(self) -> bool:
+        """Whether the program has the test in it."""
+        return not (self.smoother.warmup_over or self.unsearched)
 
     @property
     def limit(self) -> int:
@@ -54,7 +62,7 @@ class Plan(NamedTuple):
         """The position from which a held rate decays; the end of the run if none is held."""
         return (1.0 - (self.cooldown_fraction or 0.0)) * self.total
 
-    def check(self, max_losses: int, initial_batch_size: int | None) -> None:
+    def check(self, initial_batch_size: int | None) -> None:
         """Every option by itself, and that there is time for one test, and for ten steps.
 
         Raises:
@@ -66,27 +74,21 @@ class Plan(NamedTuple):
             raise ValueError(
                 f"{_WHERE}: min_learning_rate={low!r} must be below max_learning_rate={high!r}"
             )
-        for name in ("max_warmup_fraction", "cooldown_fraction", "hold_factor"):
+        for name in ("max_warmup_fraction", "cooldown_fraction"):
             value = getattr(self, name)
             if value is not None:
                 _validate.between(_WHERE, 0.0, 1.0, closed=True, **{name: value})
-        factors = {"hold_factor": self.hold_factor, "peak_factor": self.peak_factor}
-        _validate.positive(_WHERE, confidence=self.confidence, **factors)
-        if self.max_relative_step is not None:
-            _validate.positive(_WHERE, max_relative_step=self.max_relative_step)
+        _validate.positive(_WHERE, confidence=self.confidence)
         _validate.between(_WHERE, 0.0, 1.0, confidence=self.confidence)
-        _validate.between(_WHERE, 0.0, float("inf"), ramp_fraction=self.ramp_fraction)
-        _validate.positive_int(_WHERE, patience=self.patience, max_losses=max_losses)
-        if max_losses < 16:
-            raise ValueError(f"{_WHERE}: max_losses must be at least 16, got {max_losses!r}")
+        _validate.positive_int(_WHERE, patience=self.patience, max_losses=self.max_losses)
+        if self.max_losses < 16:
+            raise ValueError(f"{_WHERE}: max_losses must be at least 16, got {self.max_losses!r}")
         _validate.one_of(_WHERE, WARMUPS, warmup=self.warmup)
         _validate.one_of(_WHERE, UNITS, warmup_unit=self.warmup_unit)
         _validate.one_of(_WHERE, DECAYS, decay=self.decay)
-        _validate.one_of(_WHERE, AT_LIMIT, at_limit=self.at_limit)
-        _validate.one_of(_WHERE, PEAK_AT, peak_at=self.peak_at)
         if initial_batch_size is not None:
             _validate.positive_int(_WHERE, initial_batch_size=initial_batch_size)
-        if not self.max_warmup_fraction > 0:
+        if self.unsearched:
             return
         unit = "steps" if self.by_steps else "examples"
         leaves = (
@@ -143,10 +145,10 @@ class Plan(NamedTuple):
             start = jnp.float32(self.cooldown_start)
             held = position < start
             intervals = jnp.floor((jnp.minimum(position, start) - since) / self.interval)
-            hold_factor = jnp.asarray(self.hold_factor).astype(jnp.float32)
+            hold_factor = jnp.asarray(self.peak.hold_factor).astype(jnp.float32)
             factor = jnp.power(hold_factor, jnp.maximum(intervals, 0.0))
-        if self.ramp_fraction:
-            risen = (position - since) / (self.ramp_fraction * jnp.maximum(since, 1.0))
+        if self.peak.ramp_fraction:
+            risen = (position - since) / (self.peak.ramp_fraction * jnp.maximum(since, 1.0))
             factor = factor * jnp.clip(_RAMP_START + (1.0 - _RAMP_START) * risen, 0.0, 1.0)
         part = (end - start) / jnp.maximum(jnp.float32(self.total) - start, 1e-30)
         part = jnp.clip(part, 0.0, 1.0)

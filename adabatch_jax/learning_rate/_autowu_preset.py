@@ -8,17 +8,10 @@ import optax
 
 from adabatch_jax import _validate
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
-from adabatch_jax.learning_rate._probe_direction import PEAK_FACTOR, PEAK_PLACE, probe_direction
+from adabatch_jax.learning_rate._peak import IMPROVED_PEAK, PeakLike
+from adabatch_jax.learning_rate._probe_direction import probe_direction
 
-_DEFAULTS: dict[str, Any] = dict(
-    patience=2,
-    smoother="quasisep",
-    peak_at=PEAK_PLACE,
-    peak_factor=PEAK_FACTOR,
-    ramp_fraction=0.5,
-    at_limit="minimum",
-    watch_divergence=True,
-)
+_DEFAULTS: dict[str, Any] = dict(patience=2, smoother="quasisep", watch_divergence=True)
 
 
 def scale_by_improved_autowu(
@@ -28,6 +21,7 @@ def scale_by_improved_autowu(
     max_warmup_fraction: float = 0.2,
     num_tests: int = 20,
     direction: optax.GradientTransformation | None = None,
+    peak: PeakLike = None,
     **autowu_options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_autowu` with defaults for runs of a few epochs.
@@ -36,14 +30,15 @@ def scale_by_improved_autowu(
     in a row: the rate rises tenfold between two tests, and training has suffered when it turns back.
     Here the warm-up takes a fifth of the run at most and holds 20 tests, each on all losses
     (`smoother="quasisep"`, which decides alike whatever the loss is measured in); two in a row end it
-    (`patience=2`), at its limit it turns back to the minimum too (`at_limit`), and losses that explode
-    or are not finite, two in a row, end it at once, and halve the rate later on, six times at most
-    (`watch_divergence`). The minimum of a flat valley, or the second of two, lies
-    where chance puts it: the rate is that of the earliest point as low to two standard deviations, the
-    lower of two tests (`peak_at`), which is steady, and low; the peak is four times it (`peak_factor`),
-    and halved where that is too high. Since the loss is most curved just there, the rate rises to the
-    peak from a third, in half the time of the warm-up (`ramp_fraction`). Wrap the optimizer in
-    `return_to_minimum` to also go back to the parameters of the minimum.
+    (`patience=2`). Losses that explode or are not finite, two in a row, end it at once, and halve the
+    rate later on, six times at most (`watch_divergence`). The peak is
+
+        Peak(at="confirmed", factor=4.0, at_limit="minimum", ramp_fraction=0.5)
+
+    In a flat valley chance decides where the minimum lies. The earliest point as low, confirmed by a second
+    test, has a steady rate, but a low one: hence the factor, and a setback where that is too high. The
+    loss is most curved just there: hence the ramp. Wrap the optimizer in `return_to_minimum` to also go
+    back to the parameters of the minimum.
 
     The defaults were chosen on 10,000 images held out of the training sets of the tasks in
     `tests/experiments/autowu_quality.py`, which compares the result with a tuned rate.
@@ -54,8 +49,9 @@ def scale_by_improved_autowu(
       max_warmup_fraction: of the run, in (0, 1].
       num_tests: tests during the warm-up, at most; at least 2.
       direction: what the schedule is chained behind, `optax.scale_by_adam()` for instance. It is tried
-        on one parameter, once, and `peak_factor` is 1 if its steps are as long as the parameters
-        (LAMB), 8 if they shrink while it gathers squares (AdaGrad; of the last test alone), else 4.
+        on one parameter, once. The factor is 1 if its steps are as long as the parameters (LAMB), 8 if
+        they shrink while it gathers squares (AdaGrad; at the "earliest" of the last test), else 4.
+      peak: a dict of those fields of `Peak` that are to differ from the above, or a `Peak` in its place.
       **autowu_options: passed to `scale_by_autowu`, whose defaults they replace.
 
     Returns:
@@ -89,7 +85,12 @@ def scale_by_improved_autowu(
     _validate.between(where, 0.0, 1.0, closed=True, max_warmup_fraction=max_warmup_fraction)
     interval = max(1, int(max_warmup_fraction * int(total or 0) / num_tests))
     options: dict[str, Any] = {f"total_{unit}": total, f"{unit}_per_test": interval, **_DEFAULTS}
+    default = IMPROVED_PEAK
     if direction is not None:
-        traits = probe_direction(direction, where, "give peak_factor= instead of direction=")
-        options |= traits.autowu_options
-    return scale_by_autowu(max_warmup_fraction=max_warmup_fraction, **(options | autowu_options))
+        remedy = "give peak={'factor': …} instead of direction="
+        default = probe_direction(direction, where, remedy).peak
+    return scale_by_autowu(
+        max_warmup_fraction=max_warmup_fraction,
+        peak=default.changed(where, peak),
+        **(options | autowu_options),
+    )

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from adabatch_jax._clock import as_float
+from adabatch_jax._clock import as_float, zero_clock
 from adabatch_jax._protocols import by_name
-from adabatch_jax.learning_rate._divergence import LossLevel
-from adabatch_jax.learning_rate._loss_history import LossHistory
-from adabatch_jax.learning_rate._step_length import StepLength
+from adabatch_jax.learning_rate._autowu_plan import Plan
+from adabatch_jax.learning_rate._divergence import LossLevel, no_level
+from adabatch_jax.learning_rate._loss_history import LossHistory, empty_history
+from adabatch_jax.learning_rate._step_length import StepLength, no_length
 
 
 class AutowuPhase(enum.IntEnum):
@@ -139,6 +140,46 @@ class ScaleByAutowuState(NamedTuple):
             "exploded_losses": self.exploded_losses,
             "setbacks": self.setbacks,
         }
+
+
+def first_state(plan: Plan) -> ScaleByAutowuState:
+    """Before the first step."""
+
+    def number(value: Any) -> jax.Array:
+        return jnp.array(value).astype(jnp.float32)
+
+    def count(value: int = 0) -> jax.Array:
+        return jnp.array(value, jnp.int32)
+
+    end = WarmupEnd.NO_WARMUP if plan.unsearched else WarmupEnd.RUNNING
+    top = plan.max_learning_rate
+    return ScaleByAutowuState(
+        autowu_learning_rate=number(top if plan.unsearched else plan.min_learning_rate),
+        autowu_phase=count(int(AutowuPhase.WARMUP)),
+        warmup_end=count(int(end)),
+        peak_learning_rate=number(top if plan.unsearched else 0.0),
+        peak_position=number(0.0),
+        autowu_clock=zero_clock(),
+        first_increment=count(),
+        since_test=jnp.zeros((), jnp.uint32),
+        loss_history=empty_history(plan.limit + 1 if plan.by_steps else plan.max_losses),
+        loss_level=no_level() if plan.watch_divergence else (),
+        step_length=() if plan.peak.max_relative_step is None else no_length(),
+        warmup_memory=WarmupMemory(
+            smoother_state=plan.smoother.init(),
+            draw_key=jax.random.PRNGKey(plan.smoother.seed),
+            yes_in_a_row=count(),
+        ),
+        last_warmup_test=WarmupRecord(
+            minimum_probability=number(0.0),
+            minimum_location=number(0.0),
+            tests_made=count(),
+            failed_draws=count(),
+        ),
+        nonfinite_losses=count(),
+        exploded_losses=count(),
+        setbacks=count(),
+    )
 
 
 def find_schedule(opt_state: Any, where: str) -> ScaleByAutowuState:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -21,29 +20,9 @@ from adabatch_jax.learning_rate._autowu_state import (
 from adabatch_jax.learning_rate._decision import decide
 from adabatch_jax.learning_rate._divergence import LossLevel, follow
 from adabatch_jax.learning_rate._loss_history import record
-from adabatch_jax.learning_rate._posterior_test import Smoother
 from adabatch_jax.learning_rate._step_length import StepLength, measure
 
 MAX_SETBACKS = 6  # down to 1/64 of the peak: by more than that it cannot have been too high
-
-
-@dataclass(frozen=True)
-class Statics:
-    """What a step does not change."""
-
-    plan: Plan
-    smoother: Smoother
-    warmup_over: bool  # the program only sees states whose warm-up has ended
-
-    @property
-    def unsearched(self) -> bool:
-        """Whether there is no warm-up at all: the rate is given, or comes from the length of steps."""
-        return not self.plan.max_warmup_fraction > 0
-
-    @property
-    def tests(self) -> bool:
-        """Whether the program has the test in it."""
-        return not (self.warmup_over or self.unsearched)
 
 
 class Moment(NamedTuple):
@@ -74,22 +53,22 @@ def moment_of(plan: Plan, state: ScaleByAutowuState, increment: jax.Array) -> Mo
 
 
 def with_direction(
-    statics: Statics, state: ScaleByAutowuState, moment: Moment, direction: PyTree, params: PyTree
+    plan: Plan, state: ScaleByAutowuState, moment: Moment, direction: PyTree, params: PyTree
 ) -> ScaleByAutowuState:
     """The state that has seen the length of one more direction, where there is a bound by length."""
-    length, unsearched = state.step_length, statics.unsearched
-    if not isinstance(length, StepLength) or (statics.warmup_over and not unsearched):
+    length, unsearched = state.step_length, plan.unsearched
+    if not isinstance(length, StepLength) or (plan.smoother.warmup_over and not unsearched):
         return state
-    bound = statics.plan.max_relative_step
+    bound = plan.peak.max_relative_step
     wanted = moment.rises | unsearched
     return state._replace(step_length=measure(length, direction, params, bound, wanted, unsearched))
 
 
-def with_rate(statics: Statics, state: ScaleByAutowuState, moment: Moment) -> ScaleByAutowuState:
+def with_rate(plan: Plan, state: ScaleByAutowuState, moment: Moment) -> ScaleByAutowuState:
     """The state with the rate and the phase of this step."""
-    plan, length, peak = statics.plan, state.step_length, state.peak_learning_rate
+    length, peak = state.step_length, state.peak_learning_rate
     factor, held = plan.falling(moment.position, moment.end, state.peak_position)
-    if statics.unsearched and isinstance(length, StepLength):
+    if plan.unsearched and isinstance(length, StepLength):
         peak = jnp.minimum(peak, length.highest_rate)
         factor *= length.share_seen
     rate = jnp.where(moment.rises, plan.rising(moment.position, moment.top), peak * factor)
@@ -137,7 +116,7 @@ def with_time(
 
 
 def with_test(
-    statics: Statics,
+    plan: Plan,
     state: ScaleByAutowuState,
     moment: Moment,
     interval_over: jax.Array,
@@ -145,23 +124,23 @@ def with_test(
     emit: jax.Array,
 ) -> ScaleByAutowuState:
     """The state after the test, where one is due: the part of a step that costs."""
-    if not statics.tests:
+    if not plan.tests:
         return state
-    plan, smoother = statics.plan, statics.smoother
     last = _last(plan, moment)
     at_end = moment.rises & (moment.end >= last)
-    stop = at_end & (plan.at_limit == "minimum")
+    stop = at_end & (plan.peak.at_limit == "minimum")
     diverged &= moment.rises
     # One loss alone has no minimum; and without `emit` the result would be dropped.
     due = interval_over & ~at_end
     due = (due | diverged | stop) & moment.rises & (state.loss_history.entries > 1) & emit
     # The paper's x = 1 lies one step past the last loss. A smoother that does not look ahead takes the last
     # loss for the present, and that loss answers to the rate of the step before.
-    span = moment.end if smoother.looks_ahead else jnp.maximum(moment.position, 1.0)
-    delay = 0.0 if smoother.looks_ahead else moment.increment.astype(jnp.float32) / span
+    ahead = plan.smoother.looks_ahead
+    span = moment.end if ahead else jnp.maximum(moment.position, 1.0)
+    delay = 0.0 if ahead else moment.increment.astype(jnp.float32) / span
 
     def test(state: ScaleByAutowuState) -> Verdict:
-        return decide(plan, smoother, state, span, span / last, delay, diverged, stop)
+        return decide(plan, state, span, span / last, delay, diverged, stop)
 
     def wait(state: ScaleByAutowuState) -> Verdict:
         return Verdict(*(getattr(state, name) for name in Verdict._fields))

@@ -16,12 +16,11 @@ from adabatch_jax.learning_rate._autowu_state import (
     WarmupRecord,
 )
 from adabatch_jax.learning_rate._divergence import LossLevel
-from adabatch_jax.learning_rate._posterior_test import LEAST_LOCATION, Smoother
+from adabatch_jax.learning_rate._posterior_test import LEAST_LOCATION
 
 
 def decide(
     plan: Plan,
-    gp: Smoother,
     state: ScaleByAutowuState,
     span: jax.Array,
     progress: jax.Array,
@@ -35,7 +34,7 @@ def decide(
     # Optax and tinygp mix dtypes and ranks freely; what users demand of their code is their affair.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         x = (history.positions / span).astype(jnp.float32)
-        fitted, draws = gp.test(
+        fitted, draws = plan.smoother.test(
             memory.smoother_state, x, history.losses, history.entries, draw_key, progress
         )
     fitted = jax.tree.map(lambda a, b: a.astype(b.dtype), fitted, memory.smoother_state)
@@ -50,13 +49,13 @@ def decide(
     past = streak >= plan.patience
     rate = state.autowu_learning_rate
     place = draws.location
-    if plan.peak_at != "minimum":
+    if plan.peak.at != "minimum":
         # Where the start is as low as that, the losses are too few or too noisy to say that anything
         # has fallen: the lowest point is then the best guess, if it is not the start itself, else the
         # middle, and the lowest rate is the worst.
         guess = jnp.where(place < LEAST_LOCATION + delay, 0.5 + delay, place)
         place = jnp.where(draws.earliest < LEAST_LOCATION + delay, guess, draws.earliest)
-    if not gp.looks_ahead:  # no further than the last loss that was not left out
+    if not plan.smoother.looks_ahead:  # no further than the last loss that was not left out
         place = jnp.minimum(place, x[jnp.maximum(history.entries - 1, 0)])
     peak = mean(plan.between(rate, jnp.maximum(place - delay, 0.0)))
     if isinstance(state.loss_level, LossLevel):  # where the average was lowest, if no draw knows
@@ -64,11 +63,11 @@ def decide(
         peak = jnp.where(good > 0, peak, lowest)
     else:
         peak = jnp.where(good > 0, peak, rate)
-    factor = jnp.asarray(plan.peak_factor).astype(jnp.float32)
+    factor = jnp.asarray(plan.peak.factor).astype(jnp.float32)
     peak = state.bounded(jnp.minimum(factor * peak, jnp.maximum(peak, rate)))
     # What a test found where nothing had fallen confirms nothing.
     of_this_test = jnp.where(mean(draws.location) < LEAST_LOCATION + delay, jnp.inf, peak)
-    if plan.peak_at == "confirmed":
+    if plan.peak.at == "confirmed":
         before = jnp.where(last.tests_made > 0, state.peak_learning_rate, jnp.inf)
         peak = jnp.minimum(peak, before)
     reason = jnp.where(stop, int(WarmupEnd.AT_LIMIT), state.warmup_end)

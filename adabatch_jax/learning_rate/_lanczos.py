@@ -6,17 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from adabatch_jax import _validate
-from adabatch_jax._tree import widen
 from adabatch_jax._types import AxisName, PyTree
 from adabatch_jax.learning_rate._examples import batch_sizes
 from adabatch_jax.learning_rate._lanczos_rates import (
-    VARIANTS,
     LanczosRules,
     ScaleByLanczosState,
+    first_state,
+    moved,
     rates,
     refreshed,
 )
@@ -104,17 +103,7 @@ def scale_by_lanczos(
     Defaults: tests/experiments/lanczos_learner.py.
     """
     where = "scale_by_lanczos"
-    _validate.one_of(where, VARIANTS, variant=variant)
     refresh = Refresh.checked(where, refresh_every, refresh_unit)
-    _validate.positive_int(where, num_steps=num_steps)
-    _validate.between(where, 0.0, 1.0, max_momentum=max_momentum, ema_decay=ema_decay)
-    _validate.positive(where, safety=safety)
-    _validate.between(where, 0.0, 1.0, closed=True, safety=safety)
-    if (nu_squared is None) != (curvature_batch_size is None):
-        raise ValueError(f"{where}: nu_squared and curvature_batch_size belong together")
-    if nu_squared is not None:
-        _validate.between(where, 0.0, float("inf"), nu_squared=nu_squared)
-        _validate.positive(where, curvature_batch_size=curvature_batch_size)
     rules = LanczosRules(
         variant=variant,
         num_steps=num_steps,
@@ -125,29 +114,12 @@ def scale_by_lanczos(
         curvature_batch_size=curvature_batch_size,
         axis_name=axis_name,
     )
+    rules.check(where)
     sign = -1.0 if flip_sign else 1.0
 
     def init(params: PyTree) -> ScaleByLanczosState:
         _validate.real_arrays(where, params=params)
-
-        def zero() -> jax.Array:  # a buffer of its own: a state with shared ones cannot be donated
-            return jnp.zeros((), jnp.float32)
-
-        return ScaleByLanczosState(
-            lanczos_learning_rate=zero(),
-            lanczos_momentum=zero(),
-            curvature_largest=zero(),
-            curvature_smallest=zero(),
-            curvature_residual=zero(),
-            curvature_scale=zero(),
-            curvature_floor=zero(),
-            curvature_median=zero(),
-            refreshes=jnp.zeros((), jnp.int32),
-            failed_refreshes=jnp.zeros((), jnp.int32),
-            since_refresh=refresh.start(),
-            lanczos_key=jax.random.key_data(jax.random.key(seed)),
-            lanczos_trace=optax.tree.zeros_like(widen(params)),
-        )
+        return first_state(params, refresh.start(), seed)
 
     def update(
         updates: PyTree,
@@ -180,16 +152,8 @@ def scale_by_lanczos(
             )
             state = numbers._replace(lanczos_trace=state.lanczos_trace)
         alpha, beta = rates(rules, state, sharpness)
-        trace = jax.tree.map(
-            lambda t, u: beta.astype(t.dtype) * t + u.astype(t.dtype), state.lanczos_trace, updates
-        )
-
-        def step(u: jax.Array, t: jax.Array) -> jax.Array:
-            ahead = beta.astype(t.dtype) * t + u.astype(t.dtype) if rules.nesterov else t
-            return ((sign * alpha).astype(t.dtype) * ahead).astype(u.dtype)
-
-        stepped = jax.tree.map(step, updates, trace)
-        return stepped, state._replace(
+        updates, trace = moved(rules, updates, state.lanczos_trace, sign * alpha, beta)
+        return updates, state._replace(
             lanczos_learning_rate=alpha,
             lanczos_momentum=beta,
             since_refresh=refresh.advance(state.since_refresh, due, size),

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adabatch_jax import _validate
+from adabatch_jax._tree import widen
 from adabatch_jax._types import AxisName, PyTree
 from adabatch_jax.curvature import (
     Spectrum,
@@ -28,7 +30,7 @@ _KNOWN = 0.25  # of μ: with a larger residual, it is only what so few steps see
 
 @dataclass(frozen=True)
 class LanczosRules:
-    """Arguments of `scale_by_lanczos`, checked."""
+    """Arguments of `scale_by_lanczos`."""
 
     variant: str
     num_steps: int
@@ -43,6 +45,23 @@ class LanczosRules:
     def nesterov(self) -> bool:
         """Whether the momentum looks ahead."""
         return self.variant.startswith("nesterov")
+
+    def check(self, where: str) -> None:
+        """Every argument by itself.
+
+        Raises:
+          ValueError: naming argument and value.
+        """
+        _validate.one_of(where, VARIANTS, variant=self.variant)
+        _validate.positive_int(where, num_steps=self.num_steps)
+        _validate.between(where, 0.0, 1.0, max_momentum=self.max_momentum, ema_decay=self.ema_decay)
+        _validate.positive(where, safety=self.safety)
+        _validate.between(where, 0.0, 1.0, closed=True, safety=self.safety)
+        if (self.nu_squared is None) != (self.curvature_batch_size is None):
+            raise ValueError(f"{where}: nu_squared and curvature_batch_size belong together")
+        if self.nu_squared is not None:
+            _validate.between(where, 0.0, float("inf"), nu_squared=self.nu_squared)
+            _validate.positive(where, curvature_batch_size=self.curvature_batch_size)
 
 
 class ScaleByLanczosState(NamedTuple):
@@ -73,6 +92,29 @@ class ScaleByLanczosState(NamedTuple):
             "refreshes": self.refreshes,
             "failed_refreshes": self.failed_refreshes,
         }
+
+
+def first_state(params: PyTree, since_refresh: jax.Array, seed: int) -> ScaleByLanczosState:
+    """Before the first step."""
+
+    def zero() -> jax.Array:  # a buffer of its own: a state with shared ones cannot be donated
+        return jnp.zeros((), jnp.float32)
+
+    return ScaleByLanczosState(
+        lanczos_learning_rate=zero(),
+        lanczos_momentum=zero(),
+        curvature_largest=zero(),
+        curvature_smallest=zero(),
+        curvature_residual=zero(),
+        curvature_scale=zero(),
+        curvature_floor=zero(),
+        curvature_median=zero(),
+        refreshes=jnp.zeros((), jnp.int32),
+        failed_refreshes=jnp.zeros((), jnp.int32),
+        since_refresh=since_refresh,
+        lanczos_key=jax.random.key_data(jax.random.key(seed)),
+        lanczos_trace=optax.tree.zeros_like(widen(params)),
+    )
 
 
 def refreshed(
@@ -157,6 +199,22 @@ def rates(
     bound = max_stable_learning_rate(full, momentum=beta, nesterov=rules.nesterov, **sharpness)
     alpha = jnp.minimum(alpha, jnp.asarray(rules.safety, jnp.float32) * bound)
     return jnp.where(known, alpha, 0.0), beta
+
+
+def moved(
+    rules: LanczosRules, updates: PyTree, trace: PyTree, rate: jax.Array, beta: jax.Array
+) -> tuple[PyTree, PyTree]:
+    """The updates along the trace, t ← β t + g, times the rate, which has the sign; and the trace."""
+
+    def followed(t: jax.Array, u: jax.Array) -> jax.Array:
+        return beta.astype(t.dtype) * t + u.astype(t.dtype)
+
+    def step(u: jax.Array, t: jax.Array) -> jax.Array:
+        ahead = followed(t, u) if rules.nesterov else t
+        return (rate.astype(t.dtype) * ahead).astype(u.dtype)
+
+    trace = jax.tree.map(followed, trace, updates)
+    return jax.tree.map(step, updates, trace), trace
 
 
 def _landmarks(found: Spectrum) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -34,18 +34,22 @@ class Draws(NamedTuple):
 
 
 class Smoother(NamedTuple):
-    """A way to smooth a series of losses: `rbf_smoother` or `quasisep_smoother`.
+    """A way to smooth a series of losses: `rbf_smoother()`, `quasisep_smoother()` or one of your own.
 
     `test(state, x, y, count, key, progress) -> (state, Draws)`: x (increasing, in [0, 1]) and y are
     float32 [n], of which the first `count` are there; progress is the part of the warm-up, in (0, 1],
     that they cover. `posterior(state, x, y, count) -> (grid [k], Posterior)` uses
     the hyper-parameters that the last test has set.
+
+    Source: ours.
     """
 
     init: Callable[[], Any]
     test: Callable[..., tuple[Any, Draws]]
     posterior: Callable[..., tuple[jax.Array, Posterior]]
     looks_ahead: bool  # whether x = 1 is the end of the last step; if not, it is the last loss
+    seed: int = 0  # of the first key
+    warmup_over: bool = False  # the program only sees states whose warm-up has ended: no test in it
 
 
 def compiled(function: Function) -> Function:

@@ -24,9 +24,10 @@ import numpy.typing as npt
 import optax
 
 from adabatch_jax._types import PyTree, ScalingRule
+from adabatch_jax.learning_rate._peak import IMPROVED_PEAK, Peak
 from adabatch_jax.learning_rate._scaling import linear_scaling, sqrt_scaling
 
-PEAK_PLACE, PEAK_FACTOR = "confirmed", 4.0  # of AutoWU, or by the kind of the direction:
+PEAK_PLACE, PEAK_FACTOR = IMPROVED_PEAK.at, IMPROVED_PEAK.factor  # or by the kind of the direction:
 _PEAK_FACTOR_ACCUMULATED = 8.0  # steps that shrink while squares are gathered: AdaGrad
 _PEAK_FACTOR_RELATIVE = 1.0  # steps that are a part of the parameters: LAMB
 _LONGEST_STEP = 0.125  # of the parameters
@@ -52,9 +53,10 @@ class DirectionTraits(NamedTuple):
     max_relative_step: float | None = _LONGEST_STEP
 
     @property
-    def autowu_options(self) -> dict[str, Any]:
-        """For `scale_by_autowu`."""
-        return {"peak_factor": self.peak_factor, "peak_at": self.peak_at}
+    def peak(self) -> Peak:
+        """For `scale_by_improved_autowu`, without the bound."""
+        found: dict[str, Any] = {"at": self.peak_at, "factor": self.peak_factor}
+        return IMPROVED_PEAK.changed("probe_direction", found)
 
 
 _LINEAR = DirectionTraits(linear_scaling())

@@ -45,7 +45,7 @@ class QuasisepFit(NamedTuple):
     moments: Moments
 
 
-def quasisep_smoother() -> Smoother:
+def quasisep_smoother(*, warmup_over: bool = False) -> Smoother:
     """Constant mean + Matérn-5/2 + noise, conditioned on every loss in O(n).
 
     Each test makes 10 Adam steps (rate 0.1, on the logarithms) on an evenly thinned series of at most
@@ -59,11 +59,26 @@ def quasisep_smoother() -> Smoother:
     The curve is conditioned on all losses: the 500 points are inserted into the sorted series with
     infinite noise. In float64, also where the step around it is float32, in which the solver's
     recursions over neighbours so close lose everything (`tests/benchmarks/autowu_decision.py`). A TPU
-    emulates float64 by pairs of float32. Nothing is random: there is one draw.
+    emulates float64 by pairs of float32. Nothing is random: there is one draw. It decides alike whatever
+    the losses are measured in.
+
+    Args:
+      warmup_over: leave the test out of the program, which then compiles in a quarter of the time. Set it
+        only for steps that come after the warm-up: their state and numbers are the same with and
+        without it. A warm-up that still runs would go on to its limit untested.
+
+    Returns:
+      A `Smoother`, for `scale_by_autowu(smoother=…)`.
+
+    Example:
+      >>> from adabatch_jax import scale_by_autowu
+      >>> run = dict(total_steps=100, steps_per_test=10)
+      >>> link = scale_by_autowu(**run, smoother=quasisep_smoother())
+      >>> later = scale_by_autowu(**run, smoother=quasisep_smoother(warmup_over=True))
 
     Source: Foreman-Mackey's tinygp for kernel and solver; this use of it is ours.
     """
-    return Smoother(_init, _test, _posterior, looks_ahead=False)
+    return Smoother(_init, _test, _posterior, looks_ahead=False, warmup_over=warmup_over)
 
 
 def _init() -> QuasisepFit:

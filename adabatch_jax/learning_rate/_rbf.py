@@ -38,16 +38,30 @@ class RbfFit(NamedTuple):
     moments: Moments
 
 
-def rbf_smoother() -> Smoother:
+def rbf_smoother(*, seed: int = 0, warmup_over: bool = False) -> Smoother:
     """Constant mean + outputscale · exp(−½ (Δx / 0.2)²) + noise, as in the paper.
 
     Each test sets the mean to that of the losses and makes 100 Adam steps (rate 0.01) on the
     negative log marginal likelihood per point of at most 100 random losses, then conditions on at
     most 500 random losses, five times. With fewer losses nothing is random.
 
+    The constants are absolute, for losses of order one. Multiply what is much smaller or larger by a
+    constant.
+
+    Args:
+      seed: of the random losses; the key is kept in the state.
+      warmup_over: see `quasisep_smoother`.
+
+    Returns:
+      A `Smoother`, for `scale_by_autowu(smoother=…)`.
+
+    Example:
+      >>> rbf_smoother(seed=3).seed
+      3
+
     Source: Kim et al. (2021), arXiv 2107.05855, section 2 and the authors' code.
     """
-    return Smoother(_init, _test, _posterior, looks_ahead=True)
+    return Smoother(_init, _test, _posterior, looks_ahead=True, seed=seed, warmup_over=warmup_over)
 
 
 def _init() -> RbfFit:

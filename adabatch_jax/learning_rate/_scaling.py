@@ -113,25 +113,25 @@ class ScaleByBatchSizeState(NamedTuple):
 
 
 def scale_by_batch_size(
-    rule: ScalingRule, *, base_batch_size: ArrayLike
+    scaling: ScalingRule, *, base_batch_size: ArrayLike
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies updates by `rule(b, base_batch_size)`, b being the batch behind the present gradient.
+    """Multiplies updates by `scaling(b, base_batch_size)`, b being the batch behind the present gradient.
 
     `update` reads the batch size from `noise=` (`noise.num_examples`) or, if given, from
     `num_examples=` (or `batch_size=`); `base_batch_size=` there overrides the one given here. Put it
     after the direction (`optax.scale_by_adam()`, …), beside the learning rate.
 
     Args:
-      rule: `linear_scaling()`, `sqrt_scaling()`, `random_matrix_scaling(…)`, or any function of
+      scaling: `linear_scaling()`, `sqrt_scaling()`, `random_matrix_scaling(…)`, or any function of
         (batch size, base batch size).
       base_batch_size: the batch size at which the learning rate was chosen, > 0.
 
     Returns:
-      A `GradientTransformationExtraArgs`. Under `optax.inject_hyperparams` `rule` belongs to
+      A `GradientTransformationExtraArgs`. Under `optax.inject_hyperparams` `scaling` belongs to
       static_args.
 
     Raises:
-      ValueError: `base_batch_size` is not positive; `rule` is not callable; at trace time, neither
+      ValueError: `base_batch_size` is not positive; `scaling` is not callable; at trace time, neither
         `noise=` nor `num_examples=`.
 
     Example:
@@ -146,7 +146,7 @@ def scale_by_batch_size(
     """
     where = "scale_by_batch_size"
     _validate.positive(where, base_batch_size=base_batch_size)
-    _validate.function(where, rule=rule)
+    _validate.function(where, scaling=scaling)
     default_base = base_batch_size
 
     def init(params: PyTree) -> ScaleByBatchSizeState:
@@ -168,7 +168,7 @@ def scale_by_batch_size(
         given = default_base if base_batch_size is None else base_batch_size
         number = batch_size if num_examples is None else num_examples
         size, base = batch_sizes(where, given, noise, number)
-        factor = jnp.asarray(rule(size, base)).astype(jnp.float32)
+        factor = jnp.asarray(scaling(size, base)).astype(jnp.float32)
         return scale(updates, factor), ScaleByBatchSizeState(factor)
 
     return optax.GradientTransformationExtraArgs(init, update)

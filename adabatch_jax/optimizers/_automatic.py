@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from adabatch_jax._types import PyTree, ScalingRule
 from adabatch_jax.batch_size import Criterion, adapt_batch_size, norm_test, trained_parameters
 from adabatch_jax.learning_rate import (
     DirectionTraits,
+    Peak,
     UntriedError,
     WarmupEnd,
     probe_direction,
@@ -104,8 +106,9 @@ def automatic(
         insensitive to the gradient's length (Adam, AdaGrad, LAMB), `linear_scaling()` if it is
         proportional to it (SGD, momentum). If it is given, a direction that cannot be tried is taken
         for one like Adam.
-      autowu_options: passed to `scale_by_improved_autowu`; max_warmup_fraction=0.1, the factor above
-        as peak_factor and the bound as max_relative_step by default.
+      autowu_options: passed to `scale_by_improved_autowu`; max_warmup_fraction=0.1 by default. `peak` has
+        the factor above and the bound as max_relative_step by default; a dict changes some of its fields:
+        {"peak": {"max_relative_step": None}}.
       **batch_size_options: passed to `adapt_batch_size`; ema_decay=0.9, debias=True and
         growth_limit=1.1 by default.
 
@@ -135,7 +138,8 @@ def automatic(
     Source: the parts are AdAdaGrad (arXiv 2402.11215), AutoWU (arXiv 2107.05855) and the scaling rules
     of Granziol et al. (arXiv 2006.09092); how they are coupled is ours.
     """
-    _validate.positive_int("automatic", total_examples=total_examples)
+    where = "automatic"
+    _validate.positive_int(where, total_examples=total_examples)
     batch_size_options = _validate.keywords("batch_size_options", batch_size_options)
     defaults: dict[str, Any] = dict(BATCH_SIZE_OPTIONS)
     if "smoothing" in batch_size_options:  # another name of the same
@@ -147,6 +151,7 @@ def automatic(
         **(defaults | batch_size_options),
     )
     options = {"max_warmup_fraction": WARMUP, **(autowu_options or {})}
+    own_peak = options.pop("peak", None)
     too_short = _too_short(options["max_warmup_fraction"], total_examples, initial_batch_size)
     if too_short:
         warnings.warn(
@@ -159,14 +164,21 @@ def automatic(
         traits: DirectionTraits,
     ) -> tuple[optax.GradientTransformationExtraArgs, ...]:
         """The links that the kind of the direction decides."""
-        found = {"max_relative_step": traits.max_relative_step, **traits.autowu_options, **options}
+        bound: dict[str, Any] = {"max_relative_step": traits.max_relative_step}
+        peak = traits.peak.changed(where, bound).changed(where, own_peak)
+        more = dict(options)
         if too_short:
-            step = options.get("max_relative_step") or _STEP_WITHOUT_SEARCH[traits.peak_factor]
-            found |= dict(max_warmup_fraction=0.0, max_relative_step=step, ramp_fraction=0.0)
+            step = Peak().changed(where, own_peak).max_relative_step
+            step = _STEP_WITHOUT_SEARCH[traits.peak_factor] if step is None else step
+            peak = replace(peak, max_relative_step=step, ramp_fraction=0.0)
+            more["max_warmup_fraction"] = 0.0
         return (
             scale_by_batch_size(traits.scaling, base_batch_size=initial_batch_size),
             scale_by_improved_autowu(
-                total_examples=total_examples, initial_batch_size=initial_batch_size, **found
+                total_examples=total_examples,
+                initial_batch_size=initial_batch_size,
+                peak=peak,
+                **more,
             ),
         )
 

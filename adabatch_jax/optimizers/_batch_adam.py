@@ -46,21 +46,21 @@ def scale_by_batch_adam(
     *,
     base_batch_size: ArrayLike,
     scale_betas: bool = True,
-    eps_scaling: ScalingRule | None = None,
+    scaling: ScalingRule | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of Adam, with averages that remember examples instead of steps.
 
     u = m̂ / (√v̂ + ε_b), m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g², where
     βᵢ = max(0, 1 − κ (1 − bᵢ)) and ε_b = ε r(b) / κ for a batch of b examples, κ = b / b₀; r = √κ
-    unless `eps_scaling` says else. m̂ = m / (1 − ∏ β₁) and v̂ = v / (1 − ∏ β₂), products of the βs
+    unless `scaling` says else. m̂ = m / (1 − ∏ β₁) and v̂ = v / (1 − ∏ β₂), products of the βs
     used, so a constant gradient gives m̂ = g and v̂ = g² however the batch changes. At b = b₀ this is
     `optax.scale_by_adam`.
 
     * `scale_by_batch_size(sqrt_scaling(), ...)` behind it completes the rule of Malladi et al. Once
       κ ≥ 1 / (1 − b₁) (10 for 0.9) it can be followed no further: β₁ stays at 0.
     * `scale_betas=False` is the rule of Granziol et al.: the βs stay and damping alone follows the
-      learning rate. Give their `eps_scaling` to `scale_by_batch_size`, too.
+      learning rate. Give their `scaling` to `scale_by_batch_size`, too.
 
     `update` reads the batch size as `scale_by_batch_size` does: from `noise=` or `num_examples=`,
     with `base_batch_size=` over the one given here. One that is not finite counts as the base.
@@ -71,7 +71,7 @@ def scale_by_batch_adam(
       eps: ε ≥ 0 at the base batch size, outside the root.
       base_batch_size: b₀, the batch size at which these were chosen, > 0.
       scale_betas: let β₁ and β₂ follow the batch, by `scaled_beta`.
-      eps_scaling: r, the rule by which the learning rate follows the batch, for `scaled_eps`. None:
+      scaling: r, the rule by which the learning rate follows the batch, for `scaled_eps`. None:
         `sqrt_scaling()`.
       nesterov: m̂ looks one step ahead, as in `optax.scale_by_adam`.
 
@@ -79,10 +79,10 @@ def scale_by_batch_adam(
       A `GradientTransformationExtraArgs`; m̂ and v̂ are float32 whatever the parameters are. (Of complex
       ones m̂ is complex, and v̂ the mean of |g|².)
       `adabatch.metrics` shows `adam_beta1`, `adam_beta2` and `adam_eps` of the last step. Under
-      `optax.inject_hyperparams` scale_betas, eps_scaling and nesterov belong to static_args.
+      `optax.inject_hyperparams` scale_betas, scaling and nesterov belong to static_args.
 
     Raises:
-      ValueError: an argument out of range; `eps_scaling` is not callable; at trace time, neither
+      ValueError: an argument out of range; `scaling` is not callable; at trace time, neither
         `noise=` nor `num_examples=`.
 
     Example:
@@ -104,9 +104,9 @@ def scale_by_batch_adam(
     _validate.between(where, 0.0, 1.0, b1=b1, b2=b2)
     _validate.between(where, 0.0, float("inf"), eps=eps)
     _validate.positive(where, base_batch_size=base_batch_size)
-    if eps_scaling is not None:
-        _validate.function(where, eps_scaling=eps_scaling)
-    rules = (scaled_beta(b1), scaled_beta(b2), scaled_eps(eps, eps_scaling))
+    if scaling is not None:
+        _validate.function(where, scaling=scaling)
+    rules = (scaled_beta(b1), scaled_beta(b2), scaled_eps(eps, scaling))
     default_base = base_batch_size
 
     def init(params: PyTree) -> ScaleByBatchAdamState:

@@ -10,6 +10,7 @@ from typing import Any
 import optax
 
 import adabatch_jax as adabatch
+from adabatch_jax.learning_rate import quasisep_smoother
 from adabatch_jax.training._plan import RunPlan
 from adabatch_jax.training._registry import CurvatureOptimizer, Direction
 
@@ -26,7 +27,7 @@ def build_optimizer(
 
     Args:
       plan: of the run.
-      warmup_over: with `auto`: for steps that come after the warm-up, see `scale_by_autowu`.
+      warmup_over: with `auto`: for steps that come after the warm-up, see `quasisep_smoother`.
 
     Returns:
       A `GradientTransformationExtraArgs` whose `update` reads `noise=` and `value=`; where the
@@ -65,7 +66,7 @@ def _automatic(
             initial_batch_size=plan.initial_batch_size,
             max_batch_size=plan.max_batch_size,
             criterion=build_criterion(plan),
-            autowu_options={"warmup_over": warmup_over},
+            autowu_options={"smoother": quasisep_smoother(warmup_over=warmup_over)},
             ema_decay=plan.ema_decay,
             debias=plan.debias,
             growth_limit=plan.growth_limit,

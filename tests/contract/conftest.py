@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import adabatch_jax as adabatch
+from adabatch_jax.learning_rate import Peak, quasisep_smoother, rbf_smoother
 
 PyTree = Any
 SIZES = {"initial_batch_size": 16, "max_batch_size": 4096}
@@ -220,7 +221,7 @@ TABLE = [
         adabatch.scale_by_autowu,
         (),
         {"total_steps": 20, "steps_per_test": 1, "patience": 2, "smoother": "as they are"},
-        ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor", "peak_factor"),
+        ("min_learning_rate", "max_learning_rate", "confidence"),
         value_of,
     ),
     Row(
@@ -228,9 +229,9 @@ TABLE = [
         adabatch.scale_by_autowu,
         (),
         {"total_steps": 20, "steps_per_test": 1, "patience": 2},
-        ("min_learning_rate", "max_learning_rate", "confidence", "hold_factor", "peak_factor"),
+        ("min_learning_rate", "max_learning_rate", "confidence"),
         value_of,
-        cheaper={"warmup_over": True},
+        cheaper={"smoother": rbf_smoother(warmup_over=True)},
         by_hand=1,  # the second makes a Gaussian process test
         rtol=1e-3,
         variant=True,
@@ -240,11 +241,11 @@ TABLE = [
         adabatch.scale_by_autowu,
         (),
         {"total_examples": 400, "examples_per_test": 16, "cooldown_fraction": 0.2}
-        | {"smoother": "quasisep", "watch_divergence": True, "at_limit": "minimum"}
-        | {"max_losses": 16, "max_relative_step": 0.1},
-        ("min_learning_rate", "confidence", "hold_factor", "peak_factor", "max_relative_step"),
+        | {"smoother": "quasisep", "watch_divergence": True, "max_losses": 16}
+        | {"peak": Peak(max_relative_step=0.1, at_limit="minimum")},
+        ("min_learning_rate", "confidence"),
         noise_of,
-        cheaper={"warmup_over": True},
+        cheaper={"smoother": quasisep_smoother(warmup_over=True)},
         by_hand=1,
         rtol=1e-3,
         variant=True,
@@ -259,7 +260,7 @@ TABLE = [
         },  # the other is in the row above, and compiles longer
         (),
         value_of,
-        cheaper={"warmup_over": True},
+        cheaper={"smoother": rbf_smoother(warmup_over=True)},
         by_hand=1,
         rtol=1e-3,
         variant=True,
@@ -283,7 +284,7 @@ TABLE = [
         (),
         noise_of,
         narrow=0.05,  # Optax's trace again
-        cheaper={"autowu_options": AUTOWU_OPTIONS | {"warmup_over": True}},
+        cheaper={"autowu_options": AUTOWU_OPTIONS | {"smoother": rbf_smoother(warmup_over=True)}},
         by_hand=1,
         rtol=1e-3,
         variant=True,
@@ -354,7 +355,7 @@ TABLE = [
         adabatch.optimizers.scale_by_batch_adam,
         (),
         {"base_batch_size": 16, "scale_betas": False, "nesterov": True}
-        | {"eps_scaling": adabatch.linear_scaling()},
+        | {"scaling": adabatch.linear_scaling()},
         ("b1", "b2", "eps", "base_batch_size"),
         noise_of,
         variant=True,

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from adabatch_jax.learning_rate import _autowu
+from adabatch_jax.learning_rate import rbf_smoother
 from adabatch_jax.learning_rate._posterior_test import Draws
 
 T = 60
@@ -19,4 +19,4 @@ def as_they_are():
         past = (y[count - 1] > y[lowest]).astype(jnp.float32)
         return state, Draws(past[None], x[lowest][None], x[lowest][None])
 
-    return _autowu.rbf_smoother()._replace(test=test, looks_ahead=False)
+    return rbf_smoother()._replace(test=test, looks_ahead=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import chex
 import jax
@@ -13,7 +14,13 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import AutowuPhase, WarmupEnd
-from adabatch_jax.learning_rate import _autowu, _autowu_preset, _autowu_step
+from adabatch_jax.learning_rate import (
+    Peak,
+    _autowu_preset,
+    _autowu_step,
+    quasisep_smoother,
+    rbf_smoother,
+)
 from adabatch_jax.learning_rate._divergence import follow, no_level
 from adabatch_jax.learning_rate._posterior_test import Draws
 from tests.learning_rate.losses import BOWL, FALLING, T, as_they_are
@@ -88,7 +95,7 @@ def test_no_warm_up_starts_at_the_top():
 
 @pytest.mark.parametrize("decay", ["cosine", "half_cosine"])
 def test_held_with_a_factor_and_then_decayed(decay):
-    link = schedule(decay=decay, cooldown_fraction=0.25, hold_factor=0.5)
+    link = schedule(decay=decay, cooldown_fraction=0.25, peak=Peak(hold_factor=0.5))
     _, states = run(link, FALLING)
     t, start = np.arange(30, T), 45.0
     held = rise(30)[-1] * 0.5 ** ((np.minimum(t, start) - 30) // 5)
@@ -123,8 +130,7 @@ def test_the_peak_may_lie_above_or_below_the_rate_at_the_minimum():
     """But not above the last rate tried."""
 
     def last(factor):
-        options = dict(patience=2, peak_factor=factor)
-        link = schedule.__wrapped__(**options)
+        link = schedule.__wrapped__(patience=2, peak=Peak(factor=factor))
         step = lambda s, v: (link.update({}, s, value=v)[1], None)
         return jax.lax.scan(step, link.init({}), jnp.float32(BOWL))[0]
 
@@ -135,28 +141,21 @@ def test_the_peak_may_lie_above_or_below_the_rate_at_the_minimum():
     np.testing.assert_allclose(peaks[3], rise(30)[end - 1], rtol=1e-5)
 
 
-def test_the_peak_is_at_the_minimum_or_at_the_earliest_rate_as_good(monkeypatch):
-    def known():
-        seen = Draws(jnp.ones(1), location=jnp.full(1, 0.8), earliest=jnp.full(1, 0.5))
-        return _autowu.rbf_smoother()._replace(test=lambda state, *_: (state, seen))
-
-    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", known)
-    for peak_at, place in [("minimum", 0.8), ("earliest", 0.5)]:
-        _, states = run(schedule.__wrapped__(patience=1, peak_at=peak_at), BOWL)
+def test_the_peak_is_at_the_minimum_or_at_the_earliest_rate_as_good():
+    seen = Draws(jnp.ones(1), location=jnp.full(1, 0.8), earliest=jnp.full(1, 0.5))
+    known = rbf_smoother()._replace(test=lambda state, *_: (state, seen))
+    for at, place in [("minimum", 0.8), ("earliest", 0.5)]:
+        _, states = run(schedule(patience=1, smoother=known, peak=Peak(at=at)), BOWL)
         last = float(states.autowu_learning_rate[4])  # of the first five steps, then comes the test
         expected = 1e-5 * (last / 1e-5) ** place
         np.testing.assert_allclose(states.peak_learning_rate[-1], expected, rtol=1e-4)
 
 
-def test_where_nothing_has_fallen_for_sure_the_lowest_point_is_the_best_guess(monkeypatch):
+def test_where_nothing_has_fallen_for_sure_the_lowest_point_is_the_best_guess():
     """Not the lowest rate: a curve that is as low at its start says nothing against the others."""
-
-    def known():
-        seen = Draws(jnp.ones(1), location=jnp.full(1, 0.8), earliest=jnp.full(1, 0.01))
-        return _autowu.rbf_smoother()._replace(test=lambda state, *_: (state, seen))
-
-    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", known)
-    _, states = run(schedule.__wrapped__(patience=1, peak_at="earliest"), BOWL)
+    seen = Draws(jnp.ones(1), location=jnp.full(1, 0.8), earliest=jnp.full(1, 0.01))
+    known = rbf_smoother()._replace(test=lambda state, *_: (state, seen))
+    _, states = run(schedule(patience=1, smoother=known, peak=Peak(at="earliest")), BOWL)
     last = float(states.autowu_learning_rate[4])
     np.testing.assert_allclose(
         states.peak_learning_rate[-1], 1e-5 * (last / 1e-5) ** 0.8, rtol=1e-4
@@ -166,17 +165,17 @@ def test_where_nothing_has_fallen_for_sure_the_lowest_point_is_the_best_guess(mo
 @pytest.mark.parametrize(
     ("first", "step", "place"), [(0.4, 4, 0.4), (0.95, 9, 0.3)], ids=["first", "second"]
 )
-def test_a_confirmed_rate_is_the_lower_of_the_last_two_tests(monkeypatch, first, step, place):
+def test_a_confirmed_rate_is_the_lower_of_the_last_two_tests(first, step, place):
     def test(state, x, y, count, *_):
         earliest = jnp.where(count <= 5, first, 0.3)
         return state, Draws(jnp.ones(1), jnp.full(1, 0.9), earliest[None])
 
-    known = lambda: _autowu.rbf_smoother()._replace(test=test)
-    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", known)
-    _, states = run(schedule.__wrapped__(patience=2, peak_at="confirmed"), BOWL)
+    known = rbf_smoother()._replace(test=test)
+    _, states = run(schedule(patience=2, smoother=known, peak=Peak(at="confirmed")), BOWL)
     last = float(states.autowu_learning_rate[step])
     np.testing.assert_allclose(states.peak_learning_rate[-1], 1e-5 * (last / 1e-5) ** place, 1e-4)
-    assert states.report_metrics()["peak_learning_rate"][4] == 0  # not decided yet
+    undecided = jax.tree.map(lambda x: x[4], states)
+    assert adabatch.metrics(undecided)["peak_learning_rate"] == 0
 
 
 @pytest.mark.slow
@@ -201,19 +200,24 @@ def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
 
 
 def test_the_preset_goes_as_far_beyond_as_suits_the_direction(monkeypatch):
-    monkeypatch.setattr(_autowu_preset, "scale_by_autowu", lambda **options: options["peak_factor"])
+    monkeypatch.setattr(_autowu_preset, "scale_by_autowu", lambda **options: options["peak"])
     preset = functools.partial(adabatch.scale_by_improved_autowu, total_steps=100)
     lamb = optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio())
-    assert preset() == preset(direction=optax.scale_by_adam()) == 4.0
-    assert (preset(direction=lamb), preset(direction=optax.scale_by_rss(0.0))) == (1.0, 8.0)
-    assert preset(direction=lamb, peak_factor=2.0) == 2.0
+    plain = Peak(at="confirmed", factor=4.0, at_limit="minimum", ramp_fraction=0.5)
+    assert preset() == preset(direction=optax.scale_by_adam()) == plain
+    assert preset(direction=lamb) == replace(plain, factor=1.0)
+    assert preset(direction=optax.scale_by_rss(0.0)) == replace(plain, at="earliest", factor=8.0)
+    assert preset(direction=lamb, peak={"at": "minimum"}) == replace(
+        plain, at="minimum", factor=1.0
+    )
+    assert preset(direction=lamb, peak=Peak()) == Peak()
 
 
 @pytest.mark.parametrize("cooldown", [None, 0.2])
 def test_after_the_warm_up_the_rate_may_rise_once_more(cooldown):
     common = dict(patience=2, cooldown_fraction=cooldown)
     _, plain = run(schedule(**common), BOWL)
-    _, ramped = run(schedule(ramp_fraction=0.5, **common), BOWL)
+    _, ramped = run(schedule(peak=Peak(ramp_fraction=0.5), **common), BOWL)
     end = int(plain.peak_position[-1])
     since = np.maximum(np.arange(T) - end, 0)
     factor = np.where(np.arange(T) < end, 1.0, np.minimum(1 / 3 + 2 / 3 * since / (0.5 * end), 1.0))
@@ -224,7 +228,7 @@ def test_after_the_warm_up_the_rate_may_rise_once_more(cooldown):
 def test_at_the_limit_it_may_go_back_too():
     """With more patience than there are tests."""
     _, last = run(schedule(patience=9), BOWL)
-    _, back = run(schedule(patience=9, at_limit="minimum"), BOWL)
+    _, back = run(schedule(patience=9, peak=Peak(at_limit="minimum")), BOWL)
     assert int(last.warmup_end[-1]) == int(back.warmup_end[-1]) == WarmupEnd.AT_LIMIT
     np.testing.assert_allclose(last.peak_learning_rate[-1], rise(30)[-1], rtol=1e-4)
     assert rise(30)[11] < float(back.peak_learning_rate[-1]) < rise(30)[17]
@@ -265,7 +269,7 @@ def test_examples_do_not_wrap():
 
 
 def test_without_a_finite_loss_the_warm_up_ends_at_its_limit_and_says_so():
-    for options in ({}, {"watch_divergence": True, "at_limit": "minimum"}):
+    for options in ({}, {"watch_divergence": True, "peak": Peak(at_limit="minimum")}):
         link = schedule(**options)
         _, states = run(link, np.full(T, np.nan))
         last = jax.tree.map(lambda x: x[-1], states)
@@ -356,7 +360,8 @@ def test_the_seed_decides_the_draws():
     losses = 2.0 + np.cos(np.linspace(0, 3, n)) + 0.3 * rng.normal(size=n)
     options = dict(total_steps=2 * n, steps_per_test=n // 2 - 50)
     first, again, other = (
-        run(adabatch.scale_by_autowu(seed=s, **options), losses)[1] for s in (3, 3, 4)
+        run(adabatch.scale_by_autowu(smoother=rbf_smoother(seed=s), **options), losses)[1]
+        for s in (3, 3, 4)
     )
     chex.assert_trees_all_equal(first, again)
     assert int(first.last_warmup_test.tests_made[-1]) == 2
@@ -365,31 +370,25 @@ def test_the_seed_decides_the_draws():
     ).any()
 
 
-def counted(monkeypatch):
-    """Counts the executions of the test."""
-    calls = []
+def counted():
+    """A smoother, and what counts the executions of its test."""
+    calls, plain = [], as_they_are()
 
-    def counting():
-        plain = as_they_are()
+    def test(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return plain.test(*args)
 
-        def test(*args):
-            jax.debug.callback(lambda: calls.append(1))
-            return plain.test(*args)
-
-        return plain._replace(test=test)
-
-    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", counting)
-    return calls
+    return plain._replace(test=test), calls
 
 
-def test_the_test_runs_when_it_is_due_and_at_most_once_per_optimizer_step(monkeypatch):
-    calls = counted(monkeypatch)
+def test_the_test_runs_when_it_is_due_and_at_most_once_per_optimizer_step():
+    smoother, calls = counted()
     optimizer = adabatch.adaptive_multi_steps(
         optax.chain(
             adabatch.adapt_batch_size(
                 adabatch.norm_test(1.0), initial_batch_size=8, max_batch_size=8
             ),
-            schedule.__wrapped__(steps_per_test=2),
+            schedule(steps_per_test=2, smoother=smoother),
         ),
         micro_batch_size=2,
     )
@@ -406,9 +405,11 @@ def test_the_test_runs_when_it_is_due_and_at_most_once_per_optimizer_step(monkey
 @pytest.mark.slow
 def test_after_the_warm_up_a_program_without_the_test_goes_on_with_the_same_numbers():
     """Slow: two programs, one with a Gaussian process, and both again to compare their size."""
-    options = dict(steps_per_test=2, smoother="quasisep", watch_divergence=True)
+    options = dict(steps_per_test=2, watch_divergence=True)
     losses = np.concatenate([BOWL[:40], np.full(T - 40, 9.0)]).astype(np.float32)
-    link, later = schedule(**options), schedule(**options, warmup_over=True)
+    link, later = (
+        schedule(smoother=quasisep_smoother(warmup_over=over), **options) for over in (False, True)
+    )
     _, states = run(link, losses)
     assert int(states.warmup_end[30]) == WarmupEnd.MINIMUM_PASSED
     assert int(states.setbacks[-1]) > int(states.setbacks[30])
@@ -422,18 +423,11 @@ def test_after_the_warm_up_a_program_without_the_test_goes_on_with_the_same_numb
     assert size(later) < size(link) / 4
 
 
-def test_a_factorisation_that_fails_is_a_no_and_is_counted(monkeypatch):
-    def failing():
-        plain = _autowu.rbf_smoother()
-
-        def test(state, *_):
-            two_of_five = jnp.array([1.0, 1.0, jnp.nan, jnp.nan, jnp.nan])
-            return state, Draws(two_of_five, two_of_five, two_of_five)
-
-        return plain._replace(test=test)
-
-    monkeypatch.setitem(_autowu.SMOOTHERS, "as they are", failing)
-    _, states = run(schedule.__wrapped__(patience=1), BOWL)
+def test_a_factorisation_that_fails_is_a_no_and_is_counted():
+    two_of_five = jnp.array([1.0, 1.0, jnp.nan, jnp.nan, jnp.nan])
+    seen = Draws(two_of_five, two_of_five, two_of_five)
+    failing = rbf_smoother()._replace(test=lambda state, *_: (state, seen))
+    _, states = run(schedule(patience=1, smoother=failing), BOWL)
     assert int(states.warmup_end[-1]) == WarmupEnd.AT_LIMIT
     assert (
         int(states.last_warmup_test.failed_draws[-1])
@@ -537,10 +531,10 @@ EXAMPLES = {"total_examples": 100, "examples_per_test": 10}
         (STEPS | {"min_learning_rate": 0.0}, "min_learning_rate must be a positive number, got 0"),
         (STEPS | {"max_warmup_fraction": 1.5}, "max_warmup_fraction must lie in .*, got 1.5"),
         (STEPS | {"cooldown_fraction": -0.1}, "cooldown_fraction must lie in .*, got -0.1"),
-        (STEPS | {"hold_factor": 0.0}, "hold_factor must be a positive number, got 0.0"),
-        (STEPS | {"hold_factor": 1.1}, "hold_factor must lie in .*, got 1.1"),
-        (STEPS | {"peak_factor": 0.0}, "peak_factor must be a positive number, got 0.0"),
-        (STEPS | {"ramp_fraction": -0.5}, "ramp_fraction must lie in .*, got -0.5"),
+        (STEPS | {"peak": {"hold_factor": 0.0}}, "hold_factor must be a positive number, got 0.0"),
+        (STEPS | {"peak": {"hold_factor": 1.1}}, "Peak: hold_factor must lie in .*, got 1.1"),
+        (STEPS | {"peak": {"factor": 0.0}}, "Peak: factor must be a positive number, got 0.0"),
+        (STEPS | {"peak": {"ramp_fraction": -0.5}}, "ramp_fraction must lie in .*, got -0.5"),
         (STEPS | {"confidence": 1.0}, "confidence must lie in .*, got 1.0"),
         (STEPS | {"patience": 0}, "patience must be a positive integer, got 0"),
         (STEPS | {"max_losses": 8}, "max_losses must be at least 16, got 8"),
@@ -548,8 +542,11 @@ EXAMPLES = {"total_examples": 100, "examples_per_test": 10}
         (STEPS | {"warmup_unit": "day"}, "warmup_unit must be one of .*, got 'day'"),
         (STEPS | {"decay": "linear"}, "decay must be one of .*, got 'linear'"),
         (STEPS | {"smoother": "mean"}, "smoother must be one of .*, got 'mean'"),
-        (STEPS | {"peak_at": "end"}, "peak_at must be one of .*, got 'end'"),
-        (STEPS | {"at_limit": "stop"}, "at_limit must be one of .*, got 'stop'"),
+        (STEPS | {"smoother": rbf_smoother}, "smoother must be one of rbf, quasisep.*, got <func"),
+        (STEPS | {"peak": {"at": "end"}}, "Peak: at must be one of .*, got 'end'"),
+        (STEPS | {"peak": {"at_limit": "stop"}}, "at_limit must be one of .*, got 'stop'"),
+        (STEPS | {"peak": {"place": 1}}, "scale_by_autowu: peak must be .*factor, .*{'place': 1}"),
+        (STEPS | {"peak": 4.0}, "scale_by_autowu: peak must be a Peak, .*got 4.0"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -567,7 +564,10 @@ def test_bad_options_are_named(options, message):
         ({"total_steps": 4}, "too short for one test"),
         ({"total_steps": 49}, "warm-up of 9 steps too short"),
         (STEPS | {"direction": optax.adam(1e-3)}, "without sign and learning rate"),
-        (STEPS | {"direction": optax.masked(optax.identity(), {})}, "give peak_factor= instead"),
+        (
+            STEPS | {"direction": optax.masked(optax.identity(), {})},
+            r"give peak={'factor': …} instead",
+        ),
     ],
 )
 def test_bad_options_of_the_preset_are_named(options, message):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from adabatch_jax import scale_by_autowu
+from adabatch_jax.learning_rate import rbf_smoother
 from tests.marks import slow
 
 RECORDINGS = {path.stem: path for path in Path(__file__).parent.glob("recordings/*.json")}
@@ -87,7 +88,7 @@ def test_without_random_draws_every_number_is_theirs(name):
 @pytest.mark.parametrize("name", some(RANDOM))
 def test_with_random_draws_the_decision_is_one_of_theirs(name, seed):
     recording = load(name)
-    states = replay(recording, losses_of(recording), seed=seed)
+    states = replay(recording, losses_of(recording), smoother=rbf_smoother(seed=seed))
     end = int(states.peak_position[-1])
     rate = float(states.autowu_learning_rate[end])
     theirs = [(recording["first_step_after_warmup"], recording["learning_rate_after_warmup"])]

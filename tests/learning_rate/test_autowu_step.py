@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from adabatch_jax import AutowuPhase, WarmupEnd, scale_by_autowu
-from adabatch_jax.learning_rate import _autowu_step as step
+from adabatch_jax.learning_rate import Peak, _autowu_step as step, rbf_smoother
 from adabatch_jax.learning_rate._autowu_plan import Plan
-from adabatch_jax.learning_rate._rbf import rbf_smoother
 
 OPTIONS = dict(total_steps=100, steps_per_test=5, watch_divergence=True)
 
@@ -19,9 +18,8 @@ def plan(**changes):
     return Plan(
         **dict(by_steps=True, total=100, interval=5, min_learning_rate=1e-5, max_learning_rate=1.0)
         | dict(max_warmup_fraction=0.5, patience=3, confidence=0.95, warmup="exponential")
-        | dict(warmup_unit="step", decay="cosine", cooldown_fraction=None, hold_factor=1.0)
-        | dict(peak_at="minimum", peak_factor=1.0, max_relative_step=None, ramp_fraction=0.0)
-        | dict(at_limit="last")
+        | dict(warmup_unit="step", decay="cosine", cooldown_fraction=None, max_losses=4096)
+        | dict(smoother=rbf_smoother(), peak=Peak(), watch_divergence=True)
         | changes
     )
 
@@ -33,19 +31,18 @@ def at(clock, **changes):
     return state, step.moment_of(plan(), state, jnp.int32(1))
 
 
-STATICS = step.Statics(plan(), rbf_smoother(), warmup_over=False)
 ENDED = {"warmup_end": jnp.int32(WarmupEnd.AT_LIMIT), "peak_learning_rate": jnp.float32(0.5)}
 
 
 @pytest.mark.parametrize(("clock", "rate"), [(0, 1e-5), (25, 10**-2.5)])
 def test_the_rate_rises_by_the_same_factor_every_step(clock, rate):
-    state = step.with_rate(STATICS, *at(clock))
+    state = step.with_rate(plan(), *at(clock))
     np.testing.assert_allclose(state.autowu_learning_rate, rate, rtol=1e-5)
     assert int(state.autowu_phase) == AutowuPhase.WARMUP
 
 
 def test_after_the_warm_up_the_rate_falls_to_zero():
-    state = step.with_rate(STATICS, *at(99, **ENDED, peak_position=jnp.float32(50)))
+    state = step.with_rate(plan(), *at(99, **ENDED, peak_position=jnp.float32(50)))
     np.testing.assert_allclose(state.autowu_learning_rate, 0.0, atol=1e-7)
     assert int(state.autowu_phase) == AutowuPhase.DECAY
 
@@ -83,6 +80,6 @@ def test_a_warm_up_without_a_minimum_ends_at_its_limit(losses, reason):
 
 
 def test_the_program_of_a_run_whose_warm_up_is_over_has_no_test():
-    over = step.Statics(plan(), rbf_smoother(), warmup_over=True)
+    over = plan(smoother=rbf_smoother(warmup_over=True))
     state, moment = at(4)
     assert step.with_test(over, state, moment, jnp.bool_(True), jnp.bool_(False), True) is state

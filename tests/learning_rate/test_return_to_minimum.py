@@ -30,7 +30,7 @@ def update_of(optimizer):
 
 @functools.cache
 def bounded():
-    link = schedule(max_relative_step=5e-4, at_limit="minimum")
+    link = schedule(peak={"max_relative_step": 5e-4, "at_limit": "minimum"})
     return adabatch.return_to_minimum(optax.chain(link))
 
 

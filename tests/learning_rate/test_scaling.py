@@ -72,7 +72,7 @@ def test_updates_keep_their_dtype(noise_of_batch):
 
 
 def test_the_base_may_be_injected(noise_of_batch):
-    factory = optax.inject_hyperparams(scale_by_batch_size, static_args=("rule",))
+    factory = optax.inject_hyperparams(scale_by_batch_size, static_args=("scaling",))
     link = factory(linear_scaling(), base_batch_size=64)
     updates, _ = link.update(jnp.ones(1), link.init(jnp.ones(1)), noise=noise_of_batch(256))
     assert updates.tolist() == [4.0]
@@ -91,7 +91,7 @@ def test_the_base_must_be_positive(value):
 
 
 def test_the_rule_must_be_callable():
-    with pytest.raises(ValueError, match="rule must be callable, got 'sqrt'"):
+    with pytest.raises(ValueError, match="scaling must be callable, got 'sqrt'"):
         scale_by_batch_size("sqrt", base_batch_size=64)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import WarmupEnd
+from adabatch_jax.learning_rate import Peak, rbf_smoother
 from adabatch_jax.learning_rate._step_length import StepLength, measure, no_length
 from tests.learning_rate.losses import BOWL, FALLING, T
 from tests.marks import slow
@@ -25,7 +26,7 @@ def program():
 
     def states(bound, losses, lengths, params):
         options = dict(total_steps=T, steps_per_test=5, patience=2)
-        link = adabatch.scale_by_autowu(**options, max_relative_step=bound)
+        link = adabatch.scale_by_autowu(**options, peak=Peak(max_relative_step=bound))
 
         def step(state, given):
             loss, length = given
@@ -109,10 +110,13 @@ def test_parameters_that_begin_small_count_as_half_as_long_as_is_usual():
 
 
 def test_a_program_for_after_the_warm_up_leaves_the_length_alone():
-    options = dict(total_steps=T, steps_per_test=5, max_relative_step=0.002)
+    options = dict(total_steps=T, steps_per_test=5, max_warmup_fraction=0.2)
+    bound = Peak(max_relative_step=0.002)
     params = {"w": PARAMS["w"]}
-    link = adabatch.scale_by_autowu(max_warmup_fraction=0.2, **options)
-    later = adabatch.scale_by_autowu(max_warmup_fraction=0.2, warmup_over=True, **options)
+    link, later = (
+        adabatch.scale_by_autowu(smoother=rbf_smoother(warmup_over=over), peak=bound, **options)
+        for over in (False, True)
+    )
     update = jax.jit(link.update)
     state = link.init(params)
     for loss in FALLING[:13]:
@@ -129,8 +133,9 @@ def test_a_program_for_after_the_warm_up_leaves_the_length_alone():
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="max_relative_step must be a positive number, got 0"):
-        adabatch.scale_by_autowu(total_steps=T, steps_per_test=5, max_relative_step=0)
-    link = adabatch.scale_by_autowu(total_steps=T, steps_per_test=5, max_relative_step=0.1)
+        Peak(max_relative_step=0)
+    bound = Peak(max_relative_step=0.1)
+    link = adabatch.scale_by_autowu(total_steps=T, steps_per_test=5, peak=bound)
     with pytest.raises(ValueError, match=r"max_relative_step compares steps with parameters"):
         link.update(PARAMS, link.init(PARAMS), value=jnp.float32(1.0))
 
@@ -147,6 +152,6 @@ def test_the_recipe_bounds_what_does_not_shrink_by_itself(direction, bounds):
     schedule = state.inner_returning_state.inner_schedule
     assert isinstance(schedule.step_length, StepLength) == bounds
     unbounded = adabatch.automatic(
-        direction, **sizes, autowu_options={"max_relative_step": None}
+        direction, **sizes, autowu_options={"peak": {"max_relative_step": None}}
     ).init(PARAMS)
     assert unbounded.inner_returning_state.inner_schedule.step_length == ()

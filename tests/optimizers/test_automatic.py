@@ -273,7 +273,8 @@ def test_a_rule_that_is_given_switches_nothing_else_off(direction, factor, bound
 
     monkeypatch.setattr(_automatic, "scale_by_improved_autowu", schedule)
     make(direction, scaling=adabatch.linear_scaling(), autowu_options=UNSMOOTHED).init(PARAMS)
-    assert (asked[-1]["peak_factor"], asked[-1]["max_relative_step"]) == (factor, bound)
+    peak = asked[-1]["peak"]
+    assert (peak.factor, peak.max_relative_step) == (factor, bound)
 
 
 def test_an_update_without_init_knows_the_kind_and_what_is_frozen():

@@ -50,7 +50,7 @@ def test_it_is_its_definition(scale_betas, scaling, rate, eps):
     rng = np.random.default_rng(1)
     gradients = [rng.normal(0.3, 10.0 ** rng.uniform(-2, 2), size=5) for _ in SIZES]
     options = dict(b1=0.9, b2=0.99, eps=eps, scale_betas=scale_betas)
-    link = scale_by_batch_adam(**options, eps_scaling=scaling, base_batch_size=BASE)
+    link = scale_by_batch_adam(**options, scaling=scaling, base_batch_size=BASE)
     got, _ = run(link, [jnp.float32(g) for g in gradients], SIZES)
     for u, wanted in zip(got, reference(gradients, SIZES, **options, rate=rate), strict=True):
         np.testing.assert_allclose(u, wanted, rtol=2e-5, atol=1e-6)
@@ -190,7 +190,7 @@ def test_it_is_a_direction_for_automatic():
         ({"b2": -0.1}, "b2 must lie in .*, got -0.1"),
         ({"eps": -1.0}, "eps must lie in .*, got -1.0"),
         ({"base_batch_size": 0}, "base_batch_size must be a positive number, got 0"),
-        ({"eps_scaling": "sqrt"}, "eps_scaling must be callable, got 'sqrt'"),
+        ({"scaling": "sqrt"}, "scaling must be callable, got 'sqrt'"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
