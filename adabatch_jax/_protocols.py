@@ -55,6 +55,14 @@ class GoesBack(Protocol):
         """int32 scalar: how often it has."""
 
 
+class MayCountSteps(Protocol):
+    """A schedule that may count optimizer steps, of which there are fewer while a batch grows."""
+
+    @property
+    def counts_steps(self) -> Any:
+        """Bool scalar: whether it does, as `init` leaves it."""
+
+
 class RemembersDroppedSteps(Protocol):
     """A state that learns from a step whose update is dropped: see `state_after_dropped_step`."""
 
@@ -85,6 +93,11 @@ def emits_steps(x: Any) -> TypeGuard[EmitsSteps]:
 def goes_back(x: Any) -> TypeGuard[GoesBack]:
     """Whether `x` is the state of a wrapper that may take the parameters back."""
     return hasattr(type(x), "returns_made")
+
+
+def may_count_steps(x: Any) -> TypeGuard[MayCountSteps]:
+    """Whether `x` is the state of a schedule that may count steps."""
+    return hasattr(type(x), "counts_steps")
 
 
 def remembers_dropped_steps(x: Any) -> TypeGuard[RemembersDroppedSteps]:

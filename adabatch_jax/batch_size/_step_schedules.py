@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import jax
 import optax
 
+from adabatch_jax._protocols import may_count_steps
 from adabatch_jax._types import PyTree
+from adabatch_jax._validate import is_traced
 
 # Optax does not export the type of a plain schedule's state under `inject_hyperparams`.
 _COUNTING = (optax.ScaleByScheduleState, type(optax.schedules.WrappedSchedule(lambda n: n).init()))
 
 
 def warn_of_step_schedules(where: str, opt_state: PyTree) -> None:
-    """Warns if something in this state is a schedule of Optax, which counts steps.
+    """Warns if something in this state is a schedule of Optax or AutoWU, and counts steps.
 
     It is found by the type of its state: within `chain`, `masked`, `partition`, `inject_hyperparams` or any
     other wrapper that is a pytree.
     """
-    nodes = jax.tree_util.tree_leaves_with_path(
-        opt_state, is_leaf=lambda x: isinstance(x, _COUNTING)
-    )
-    places = [jax.tree_util.keystr(path) for path, x in nodes if isinstance(x, _COUNTING)]
+
+    def known(x: Any) -> bool:
+        return isinstance(x, _COUNTING) or may_count_steps(x)
+
+    nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=known)
+    places = [jax.tree_util.keystr(path) for path, x in nodes if known(x) and _counts(x)]
     if places:
         warnings.warn(
             f"{where}: a schedule inside counts optimizer steps (its state is at "
             f"{', '.join(place or 'the top' for place in places)}). While the batch grows, fewer are made "
             "of the same examples, so the schedule does not come to its end. Let it count examples: "
             "adabatch.grow_batch_size(optax.adamw, learning_rate=schedule, …), or inside this wrapper "
-            "adabatch.by_examples(optax.adamw, base_batch_size=64)(learning_rate=schedule, …)",
+            "adabatch.by_examples(optax.adamw, base_batch_size=64)(learning_rate=schedule, …); AutoWU by "
+            "total_examples= in the place of total_steps=",
             stacklevel=3,
         )
+
+
+def _counts(state: Any) -> bool:
+    """Whether this one counts steps; False where that is traced."""
+    if not may_count_steps(state):
+        return True
+    counts = state.counts_steps
+    return not is_traced(counts) and bool(jax.device_get(counts))

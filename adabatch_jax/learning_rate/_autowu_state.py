@@ -80,7 +80,9 @@ class ScaleByAutowuState(NamedTuple):
     peak_learning_rate: jax.Array  # float32: after the warm-up; before, of the last test alone
     peak_position: jax.Array  # float32: where the warm-up ended, in units of the clock
     autowu_clock: jax.Array  # uint32 [2]: steps or examples so far
-    first_increment: jax.Array  # int32: examples of the first step (1 for the steps clock)
+    first_increment: (
+        jax.Array
+    )  # int32: examples of the first step, 0 before it; 1 for the steps clock
     since_test: jax.Array  # uint32: steps or examples since a test was last due
     loss_history: LossHistory
     loss_level: tuple[jax.Array, ...]  # what divergence is told from; () if it is not watched
@@ -90,6 +92,11 @@ class ScaleByAutowuState(NamedTuple):
     nonfinite_losses: jax.Array  # int32: left out
     exploded_losses: jax.Array  # int32: left out for being far above the others
     setbacks: jax.Array  # int32: times the rate was halved after the warm-up
+
+    @property
+    def counts_steps(self) -> jax.Array:
+        """Bool scalar: whether the clock is that of optimizer steps."""
+        return self.first_increment == 1
 
     def warmup_ended_lately(self) -> jax.Array:
         """Whether less time has passed since the warm-up than it took."""
@@ -160,7 +167,7 @@ def first_state(plan: Plan) -> ScaleByAutowuState:
         peak_learning_rate=number(top if plan.unsearched else 0.0),
         peak_position=number(0.0),
         autowu_clock=zero_clock(),
-        first_increment=count(),
+        first_increment=count(int(plan.by_steps)),
         since_test=jnp.zeros((), jnp.uint32),
         loss_history=empty_history(plan.limit + 1 if plan.by_steps else plan.max_losses),
         loss_level=no_level() if plan.watch_divergence else (),

@@ -11,6 +11,7 @@ from adabatch_jax import (
     adaptive_multi_steps,
     by_examples,
     norm_test,
+    scale_by_autowu,
     scale_by_example_schedule,
 )
 
@@ -23,6 +24,7 @@ COUNTS_STEPS = {
         {"w": optax.sgd(SCHEDULE), "b": optax.sgd(0.1)}, {"w": "w", "b": "b"}
     ),
     "under inject_hyperparams": lambda: optax.inject_hyperparams(optax.sgd)(SCHEDULE),
+    "AutoWU": lambda: scale_by_autowu(total_steps=100, steps_per_test=10),
     "of a weight decay": lambda: optax.chain(
         optax.inject_hyperparams(optax.add_decayed_weights)(SCHEDULE), optax.sgd(0.1)
     ),
@@ -30,6 +32,7 @@ COUNTS_STEPS = {
 COUNTS_NONE = {
     "a constant": lambda: optax.inject_hyperparams(optax.adamw)(0.1),
     "examples": lambda: optax.chain(optax.scale_by_adam(), scale_by_example_schedule(SCHEDULE)),
+    "AutoWU": lambda: scale_by_autowu(total_examples=1600, examples_per_test=160),
     "by_examples": lambda: by_examples(optax.adamw, base_batch_size=16)(SCHEDULE),
 }
 
