@@ -44,7 +44,8 @@ def test_value_is_the_loss_where_both_are_given():
 
 
 def test_autowu_follows_either():
-    link = adabatch.scale_by_autowu(total_steps=100, steps_per_test=10)
+    options = dict(total_steps=100, steps_per_test=10, smoother="as they are")
+    link = adabatch.scale_by_autowu(**options)
     state = link.init({})
     for call in ({"loss": 3.0}, {"value": 2.0}, {"value": 1.0, "loss": 7.0}):
         _, state = link.update({}, state, **call)

@@ -61,9 +61,12 @@ class TrainState(train_state.TrainState):
       >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
       >>> def loss_fn(params, x, y):
       ...     return jnp.mean((model.apply(params, x) - y) ** 2)
+      >>> @jax.jit
+      ... def step(state, x, y):
+      ...     value, grads = jax.value_and_grad(loss_fn)(state.params, x, y)
+      ...     return state.apply_gradients(grads=grads, value=value)
       >>> for i in (0, 2, 4, 6):
-      ...     value, grads = jax.value_and_grad(loss_fn)(state.params, x[i:i + 2], y[i:i + 2])
-      ...     state = state.apply_gradients(grads=grads, value=value)
+      ...     state = step(state, x[i:i + 2], y[i:i + 2])
       >>> int(state.step), int(state.optimizer_steps), int(adabatch.metrics(state)["num_examples"])
       (4, 1, 4)
 
@@ -72,8 +75,11 @@ class TrainState(train_state.TrainState):
       >>> tx = optax.chain(controller, optax.sgd(0.01))
       >>> state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
       >>> fn = adabatch.value_and_grad_noise(lambda params, group: loss_fn(params, *group))
-      >>> value, noise = fn(state.params, adabatch.split_groups((x, y), 4), count=2)
-      >>> state = state.apply_gradients(grads=noise.mean, value=value, noise=noise)
+      >>> @jax.jit
+      ... def step(state, groups):
+      ...     value, noise = fn(state.params, groups, count=adabatch.get_batch_size(state) // 2)
+      ...     return state.apply_gradients(grads=noise.mean, value=value, noise=noise)
+      >>> state = step(state, adabatch.split_groups((x, y), 4))
       >>> int(state.optimizer_steps), int(adabatch.metrics(state)["num_examples"])
       (1, 4)
 

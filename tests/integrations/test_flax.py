@@ -125,9 +125,10 @@ def test_every_keyword_that_is_no_field_reaches_the_optimizer():
 
 
 def test_without_what_is_ours_it_is_that_of_flax():
-    tx, fields = optax.adam(0.1), dict(apply_fn=MODEL.apply, params=PARAMS)
-    ours = TrainState.create(tx=tx, **fields).apply_gradients(grads=PARAMS, value=1.0)
-    theirs = train_state.TrainState.create(tx=tx, **fields).apply_gradients(grads=PARAMS)
+    grads = {"w": jnp.ones(2)}
+    tx, fields = optax.sgd(0.1, momentum=0.9), dict(apply_fn=None, params={"w": jnp.arange(2.0)})
+    ours = TrainState.create(tx=tx, **fields).apply_gradients(grads=grads, value=1.0)
+    theirs = train_state.TrainState.create(tx=tx, **fields).apply_gradients(grads=grads)
     chex.assert_trees_all_equal(ours.params, theirs.params)
     chex.assert_trees_all_equal(ours.opt_state, theirs.opt_state)
     assert int(ours.step) == theirs.step == 1

@@ -166,8 +166,12 @@ class Layers(nnx.Module):
         return forward(x, self.layers)[:, :1]
 
 
+@pytest.mark.slow
 def test_stacked_layers_and_lanes(data):
-    """The keys of the groups carry the axes of the loops and lanes before those of the layers."""
+    """The keys of the groups carry the axes of the loops and lanes before those of the layers.
+
+    Slow: a model and programs of its own.
+    """
     model = Layers()
     lanes = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], (2, 2, *x.shape[1:])), data)
 
@@ -180,7 +184,9 @@ def test_stacked_layers_and_lanes(data):
     assert model.layers.layers[1].rngs.count[...].tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_every_device_has_its_own_keys(data):
+    """Slow: a program of its own."""
     same = jax.tree.map(lambda x: jnp.broadcast_to(x[:1, None], (2, 1, *x.shape[1:])), data)
     graphdef, state = nnx.split(Net())
 
@@ -213,6 +219,6 @@ def test_optax_keeps_its_own_way(data):
     model = Net()
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     with unless_skipped(model, optimizer):
-        _, grads = nnx.value_and_grad(loss_fn)(model, (data[0][0], data[1][0]))
+        _, grads = one_group(model, jax.tree.map(lambda x: x[0], data))
         optimizer.update(model, grads)
     assert int(model.calls[...]) == 1
