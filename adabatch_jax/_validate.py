@@ -82,17 +82,25 @@ def function(where: str, **arguments: Any) -> None:
             raise ValueError(f"{where}: {name} must be callable, got {value!r}")
 
 
+def arrays(where: str, **trees: Any) -> None:
+    """Every leaf must be an array or a number."""
+    for name, tree in trees.items():
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            if not isinstance(leaf, numbers.Number) and not hasattr(leaf, "dtype"):
+                raise ValueError(
+                    f"{where}: {name}{jax.tree_util.keystr(path)} is no array but {leaf!r}: give the "
+                    "trained arrays alone, and put the model together again inside the loss (Equinox: "
+                    "eqx.partition(model, eqx.is_inexact_array), eqx.combine, or "
+                    "adabatch_jax.integrations.equinox; Flax: nnx.split(model, nnx.Param, ...), nnx.merge)"
+                )
+
+
 def real_arrays(where: str, **trees: Any) -> None:
     """Every leaf must be an array (or number) of real floating-point numbers."""
+    arrays(where, **trees)
     for name, tree in trees.items():
         for path, leaf in jax.tree.leaves_with_path(tree):
             place = name + jax.tree_util.keystr(path)
-            if not isinstance(leaf, numbers.Number) and not hasattr(leaf, "dtype"):
-                raise ValueError(
-                    f"{where}: {place} is no array but {leaf!r}: give the trained arrays alone, and put "
-                    "the model together again inside the loss (Equinox: eqx.partition(model, "
-                    "eqx.is_inexact_array), eqx.combine; Flax: nnx.split(model, nnx.Param, ...), nnx.merge)"
-                )
             dtype = jnp.result_type(leaf)
             if jnp.issubdtype(dtype, jnp.complexfloating):
                 raise ValueError(

@@ -155,8 +155,8 @@ def adaptive_multi_steps(
     Raises:
       ValueError: `micro_batch_size` is not a positive integer or does not divide the initial batch
         size; fewer than two micro-batches in the first batch and neither `noise=` nor `num_examples=`;
-        a gradient of another structure or shape than the parameters; `value=` or `num_examples=` that
-        is no scalar; `batch_size=`; neither number nor noise with `micro_batch_size=None`; with
+        parameters that are no arrays; a gradient of another structure or shape than they; `value=` or
+        `num_examples=` that is no scalar; `batch_size=`; neither number nor noise with `micro_batch_size=None`; with
         shard_map's varying check on, a gradient that is the same on all devices.
 
     Example:
@@ -183,6 +183,7 @@ def adaptive_multi_steps(
     moved = _Moved(optimizer)
 
     def init(params: PyTree) -> AdaptiveMultiStepsState:
+        _validate.arrays("adaptive_multi_steps", params=params)
         inner = optimizer.init(params)
         if controller_state(inner).may_change:
             warn_of_step_schedules("adaptive_multi_steps", inner)

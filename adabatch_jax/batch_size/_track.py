@@ -119,6 +119,7 @@ def track_noise_scale(
         return merge_noise(one(before), one(now))
 
     def init(params: PyTree) -> TrackNoiseScaleState:
+        _validate.arrays(_WHERE, params=params)
         start = Decision.first(jnp.int32(1), zero_evidence(criterion, params))
         return TrackNoiseScaleState(
             until_measured=jnp.array(interval - 1 if batch_size is None else interval, jnp.int32),

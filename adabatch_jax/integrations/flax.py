@@ -15,7 +15,7 @@ from flax.training import train_state
 from adabatch_jax import _validate
 from adabatch_jax._tree import widen
 from adabatch_jax._types import PyTree
-from adabatch_jax.batch_size import has_updated, unless_skipped
+from adabatch_jax.batch_size import has_updated, metrics, unless_skipped
 from adabatch_jax.noise import GradientNoise
 
 __all__ = ["TrainState"]
@@ -97,7 +97,7 @@ class TrainState(train_state.TrainState):
     @property
     def optimizer_steps(self) -> jax.Array:
         """Steps that the optimizer has made, int32 scalar: batches, not micro-batches."""
-        return optax.tree.get(self.opt_state, "updates_seen")
+        return metrics(self.opt_state)["optimizer_steps"]
 
     def apply_gradients(
         self,

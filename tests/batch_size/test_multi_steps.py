@@ -227,3 +227,11 @@ def test_the_micro_batch_size_must_be_a_positive_integer(value):
 def test_an_optimizer_without_controller_is_an_error():
     with pytest.raises(ValueError, match="add adapt_batch_size to the chain"):
         adaptive_multi_steps(optax.sgd(0.1), micro_batch_size=8).init(PARAMS)
+
+
+@pytest.mark.parametrize("leaf", [jax.nn.relu, "relu"])
+def test_parameters_that_are_no_arrays_are_named(leaf):
+    controller = adapt_batch_size(norm_test(1.0), initial_batch_size=16, max_batch_size=64)
+    optimizer = adaptive_multi_steps(optax.chain(controller, optax.sgd(0.1)), micro_batch_size=8)
+    with pytest.raises(ValueError, match=r"params\['act'\] is no array .*integrations\.equinox"):
+        optimizer.init({"w": jnp.ones(2), "act": leaf})
