@@ -11,7 +11,7 @@ ARGS ?=
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-all slow devices notebooks soak lint format types api bench ci
+.PHONY: help test test-all slow devices notebooks soak coverage lint format types api bench ci
 
 help: ## this list
 	@awk -F ': ## ' '/^[a-z-]+: ## / { printf "%-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,14 @@ notebooks: ## every notebook, from a clean kernel
 
 soak: ## many thousand steps, or a process that lives long
 	$(PYTEST) -m soak $(ARGS)
+
+coverage: ## lines that tests reach, by room: of the default tests, and of all
+	rm -rf .coverage && mkdir .coverage
+	-$(PYTHON) -m coverage run --data-file=.coverage/default -m pytest -n 2 $(ARGS)
+	-$(PYTHON) -m coverage run --data-file=.coverage/rest -m pytest -n 2 -m "slow or devices" $(ARGS)
+	$(PYTHON) -m coverage combine --quiet --data-file=.coverage/default
+	$(PYTHON) -m coverage combine --quiet --data-file=.coverage/rest
+	$(PYTHON) -m tests.line_coverage .coverage/default .coverage/rest
 
 lint: ## style, without changing anything
 	$(PYTHON) -m ruff check . $(ARGS)

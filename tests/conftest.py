@@ -18,8 +18,8 @@ import hypothesis
 import jax
 import pytest
 
-# Scripts, whose doctests nobody should look for; test_scripts.py starts them.
-collect_ignore = ["experiments", "benchmarks"]
+# Scripts, whose doctests nobody should look for; test_scripts.py starts those in folders.
+collect_ignore = ["experiments", "benchmarks", "line_coverage.py"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

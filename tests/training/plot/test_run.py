@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from adabatch_jax.training.plot import _run, _style, plot_run
+from tests.marks import slow
 
 
 def run(number=200, seed=0):
@@ -190,7 +191,7 @@ def test_a_loss_over_decades_gets_a_log_axis():
     assert plot_run({**rows, "loss": rows["loss"] - 0.5}).axes[0].get_yscale() == "linear"
 
 
-@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("number", [1, *slow(3)])
 @pytest.mark.parametrize("broken", [None, "loss", "noise_scale", "learning_rate", "batch_size"])
 def test_short_and_broken_runs_can_be_drawn(tmp_path, number, broken):
     rows = {name: values[:number].astype(np.float64) for name, values in run().items()}
@@ -236,7 +237,7 @@ def test_thinning_keeps_the_extremes_and_the_ends(number):
     np.testing.assert_array_equal(thin_y, y[thin_x.astype(int)])
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ""])
+@pytest.mark.parametrize("suffix", [".svg", "", *slow(".png", ".pdf")])
 def test_saves_in_the_format_of_the_suffix(tmp_path, suffix):
     path = tmp_path / "deep" / f"run{suffix}"
     assert isinstance(plot_run(run(20), path=path), Figure)
