@@ -25,6 +25,7 @@ SCRIPTS = (  # what each compares is in its docstring
     "ladder.py",
     "host_overhead.py",
     "device_scaling.py",
+    "adoption_cost.py",
     "checkpoint_overhead.py",
 )
 PEERS = {"noise_peers.py": "--peers-python", "curvature_peers.py": "--pyhessian-python"}

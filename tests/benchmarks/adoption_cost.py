@@ -1,0 +1,170 @@
+"""What a loop pays for taking an optimizer of ours: compilation, memory, time of a call.
+
+    pip install ".[train]"
+    python tests/benchmarks/adoption_cost.py
+
+A causal transformer of two blocks over bytes (`--width` channels, 28 arrays), micro-batches of 16 windows
+of 64 bytes, Adam, float32; all in one process, in turns:
+
+* bare gradient: loss and gradient alone;
+* optax.MultiSteps: eight micro-batches a step;
+* adaptive_multi_steps: around the norm test and Adam, from 128 examples on;
+* automatic: `adaptive_multi_steps` around `automatic(scale_by_adam())`, in its warm-up, tests included.
+
+First compile: `init`, tracing, lowering and compilation of the first call, with empty caches, in seconds
+of the wall clock and of the processor. State: bytes of the optimizer's state over those of the parameters.
+A call: milliseconds, and the ratio to the bare gradient of the same turn. Medians over the turns.
+Three to fifteen minutes on two cores.
+
+Expected, one turn of `--width 64` on two cores that others kept busy (the processor's seconds say more):
+
+| | first compile, s (processor) | state / parameters | over bare |
+|---|---|---|---|
+| bare gradient | 11.5 (2.5) | 0.00 | 1.00 |
+| optax.MultiSteps | 25.2 (6.6) | 3.00 | 1.58 |
+| adaptive_multi_steps | 39.6 (8.5) | 3.00 | 1.63 |
+| automatic | 63.1 (25.1) | 6.07 | 1.53 |
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adabatch_jax as adabatch
+from adabatch_jax.training._files import write_json
+from adabatch_jax.training.models import Transformer
+
+PyTree = Any
+MICRO, GROUPS, LENGTH = 16, 8, 64
+
+
+def of_ours(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    return adabatch.adaptive_multi_steps(optimizer, micro_batch_size=MICRO)
+
+
+def multi_steps() -> optax.GradientTransformation:
+    return optax.MultiSteps(optax.adam(1e-3), GROUPS).gradient_transformation()
+
+
+def drop_in() -> optax.GradientTransformation:
+    sizes = dict(initial_batch_size=GROUPS * MICRO, max_batch_size=4096)
+    controller = adabatch.adapt_batch_size(adabatch.norm_test(1.0), **sizes)
+    return of_ours(optax.chain(controller, optax.adam(1e-3)))
+
+
+def automatic() -> optax.GradientTransformation:
+    sizes = dict(initial_batch_size=GROUPS * MICRO, max_batch_size=4096)
+    return of_ours(adabatch.automatic(optax.scale_by_adam(), total_examples=1_000_000, **sizes))
+
+
+ROWS: dict[str, Callable[[], optax.GradientTransformation] | None] = {
+    "bare gradient": None,
+    "optax.MultiSteps": multi_steps,
+    "adaptive_multi_steps": drop_in,
+    "automatic": automatic,
+}
+
+
+class Loop:
+    """One row: its first call, and the calls after."""
+
+    def __init__(
+        self, make: Callable[[], optax.GradientTransformation] | None, net: Transformer
+    ) -> None:
+        text = np.random.default_rng(0).integers(0, 256, (MICRO, LENGTH + 1), dtype=np.int32)
+        self.batch = jnp.asarray(text)
+        self.params = jax.jit(net.init)(jax.random.key(0), self.batch[:, :-1])
+        jax.block_until_ready(self.params)
+        self.state: PyTree = ()
+        wall, processor = time.perf_counter(), time.process_time()
+        optimizer = None if make is None else optax.with_extra_args_support(make())
+        if optimizer is not None:
+            self.state = optimizer.init(self.params)
+
+        def loss_fn(params: PyTree, batch: jax.Array) -> jax.Array:
+            logits = net.apply(params, batch[:, :-1])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+            return jnp.mean(losses)
+
+        def step(params: PyTree, state: PyTree, batch: jax.Array) -> tuple[PyTree, PyTree, Any]:
+            value, gradient = jax.value_and_grad(loss_fn)(params, batch)
+            if optimizer is None:
+                return params, state, gradient
+            updates, state = optimizer.update(gradient, state, params, value=value)
+            return optax.apply_updates(params, updates), state, value
+
+        given = (self.params, self.state, self.batch)
+        self.step = jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile()
+        self.compile_seconds = time.perf_counter() - wall
+        self.compile_processor_seconds = time.process_time() - processor
+
+    @property
+    def state_ratio(self) -> float:
+        sizes = [sum(x.nbytes for x in jax.tree.leaves(t)) for t in (self.state, self.params)]
+        return sizes[0] / sizes[1]
+
+    def milliseconds(self, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            self.params, self.state, last = self.step(self.params, self.state, self.batch)
+        jax.block_until_ready((self.params, last))
+        return 1e3 * (time.perf_counter() - start) / calls
+
+
+def measure(net: Transformer, turns: int, calls: int) -> dict[str, dict[str, float]]:
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
+    for _ in range(turns):
+        loops = {}
+        for name, make in ROWS.items():
+            jax.clear_caches()
+            loops[name] = Loop(make, net)
+        bare = 0.0
+        for name, loop in loops.items():
+            loop.milliseconds(2)
+            taken = loop.milliseconds(calls)
+            bare = bare or taken
+            seen[name].append(
+                {
+                    "compile_seconds": loop.compile_seconds,
+                    "compile_processor_seconds": loop.compile_processor_seconds,
+                    "state_ratio": loop.state_ratio,
+                    "milliseconds": taken,
+                    "time_ratio": taken / bare,
+                }
+            )
+    return {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for name, rows in seen.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--calls", type=int, default=64)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/adoption_cost.json"))
+    options = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    found = measure(Transformer(256, width=options.width), options.turns, options.calls)
+    write_json(options.out, found)
+    print("| | first compile, s (processor) | state / parameters | ms a call | over bare |")
+    print("|---|---|---|---|---|")
+    for name, row in found.items():
+        seconds = f"{row['compile_seconds']:.1f} ({row['compile_processor_seconds']:.1f})"
+        times = f"{row['milliseconds']:.1f} | {row['time_ratio']:.2f}"
+        print(f"| {name} | {seconds} | {row['state_ratio']:.2f} | {times} |")
+
+
+if __name__ == "__main__":
+    main()
