@@ -156,8 +156,9 @@ def adaptive_multi_steps(
       ValueError: `micro_batch_size` is not a positive integer or does not divide the initial batch
         size; fewer than two micro-batches in the first batch and neither `noise=` nor `num_examples=`;
         parameters that are no arrays; a gradient of another structure or shape than they; `value=` or
-        `num_examples=` that is no scalar; `batch_size=`; neither number nor noise with `micro_batch_size=None`; with
-        shard_map's varying check on, a gradient that is the same on all devices.
+        `num_examples=` that is no scalar; `batch_size=`; neither number nor noise with
+        `micro_batch_size=None`; with shard_map's varying check on, a gradient that is the same on all
+        devices.
 
     Example:
       >>> import jax.numpy as jnp, optax
