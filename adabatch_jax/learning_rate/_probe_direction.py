@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import optax
 
+from adabatch_jax._tree import cast_like
 from adabatch_jax._types import PyTree, ScalingRule
 from adabatch_jax.learning_rate._peak import IMPROVED_PEAK, Peak
 from adabatch_jax.learning_rate._scaling import linear_scaling, sqrt_scaling
@@ -160,7 +161,6 @@ def _try(
     direction: optax.GradientTransformation, shapes: list[tuple[int, ...]], structure: Any
 ) -> list[_Run]:
     link = optax.with_extra_args_support(direction)
-    update = jax.jit(lambda *given: link.update(*given))
     shapes = [tuple(min(n, _AXIS) for n in shape) for shape in shapes]
     # Unequal entries: what subtracts their mean, as gradient centralisation does, would leave nothing.
     patterns = [1.0 / np.arange(1.0, math.prod(shape) + 1.0).reshape(shape) for shape in shapes]
@@ -169,19 +169,24 @@ def _try(
     def tree(leaves: list[Any]) -> PyTree:
         return jax.tree.unflatten(structure, [jnp.asarray(x, jnp.float32) for x in leaves])
 
-    def far(length: float, size: float = 1.0, after: tuple[int, ...] = (1,)) -> list[list[float]]:
-        """For a gradient that has this length on all arrays together, after so many steps."""
-        gradient = tree([length / len(units) ** 0.5 * x for x in units])
-        params = tree([np.full(shape, size) for shape in shapes])
-        state, seen = link.init(params), []
-        for number in range(1, after[-1] + 1):
-            updates, state = update(gradient, state, params)
-            if number in after:
-                moved = (np.asarray(u, np.float64) for u in jax.tree.leaves(updates))
-                seen.append([float(np.vdot(x, u)) for x, u in zip(units, moved, strict=True)])
-        return seen
+    @jax.jit
+    def last_update(gradient: PyTree, params: PyTree, number: int) -> PyTree:
+        """Of so many steps on one gradient. In a loop, so that the program is one update long."""
 
-    seen = far(_LARGE, after=(1, _LATE // 4, _LATE)) + far(2 * _LARGE) + far(_LARGE, size=2.0)
-    for part in (1, 2, 3):
-        seen += far(part * _SMALL)
+        def step(_: Any, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+            return cast_like(link.update(gradient, carry[1], params), carry)
+
+        first = jax.tree.map(jnp.zeros_like, gradient), link.init(params)
+        return jax.lax.fori_loop(0, number, step, first)[0]
+
+    def far(length: float, size: float = 1.0, steps: int = 1) -> list[float]:
+        """For a gradient that has this length on all arrays together, in the last of so many steps."""
+        gradient = tree([length / len(units) ** 0.5 * x for x in units])
+        updates = last_update(gradient, tree([np.full(shape, size) for shape in shapes]), steps)
+        moved = (np.asarray(u, np.float64) for u in jax.tree.leaves(updates))
+        return [float(np.vdot(x, u)) for x, u in zip(units, moved, strict=True)]
+
+    seen = [far(_LARGE, steps=number) for number in (1, _LATE // 4, _LATE)]
+    seen += [far(2 * _LARGE), far(_LARGE, size=2.0)]
+    seen += [far(part * _SMALL) for part in (1, 2, 3)]
     return [_Run(*of_array) for of_array in zip(*seen, strict=True)]
