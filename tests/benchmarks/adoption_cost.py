@@ -7,8 +7,11 @@ A causal transformer of two blocks over bytes (`--width` channels, 28 arrays), m
 of 64 bytes, Adam, float32; all in one process, in turns:
 
 * bare gradient: loss and gradient alone;
+* optax.adam: a step in every call;
+* track_noise_scale: the same, with the noise scale measured in every tenth call;
 * optax.MultiSteps: eight micro-batches a step;
 * adaptive_multi_steps: around the norm test and Adam, from 128 examples on;
+* grow_batch_size: around Adam with a schedule, which reads it by examples;
 * automatic: `adaptive_multi_steps` around `automatic(scale_by_adam())`, in its warm-up, tests included.
 
 First compile: `init`, tracing, lowering and compilation of the first call, with empty caches, in seconds
@@ -62,6 +65,20 @@ def drop_in() -> optax.GradientTransformation:
     return of_ours(optax.chain(controller, optax.adam(1e-3)))
 
 
+def plain() -> optax.GradientTransformation:
+    return optax.adam(1e-3)
+
+
+def tracked() -> optax.GradientTransformation:
+    return optax.chain(adabatch.track_noise_scale(batch_size=MICRO), optax.adam(1e-3))
+
+
+def grown() -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, 1000)
+    sizes = dict(base_batch_size=GROUPS * MICRO, max_batch_size=4096, micro_batch_size=MICRO)
+    return adabatch.grow_batch_size(optax.adam, learning_rate=schedule, **sizes)
+
+
 def automatic() -> optax.GradientTransformation:
     sizes = dict(initial_batch_size=GROUPS * MICRO, max_batch_size=4096)
     return of_ours(adabatch.automatic(optax.scale_by_adam(), total_examples=1_000_000, **sizes))
@@ -69,8 +86,11 @@ def automatic() -> optax.GradientTransformation:
 
 ROWS: dict[str, Callable[[], optax.GradientTransformation] | None] = {
     "bare gradient": None,
+    "optax.adam": plain,
+    "track_noise_scale": tracked,
     "optax.MultiSteps": multi_steps,
     "adaptive_multi_steps": drop_in,
+    "grow_batch_size": grown,
     "automatic": automatic,
 }
 
