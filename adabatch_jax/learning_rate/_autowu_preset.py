@@ -7,8 +7,11 @@ from typing import Any
 import optax
 
 from adabatch_jax import _validate
+from adabatch_jax._tree import of_structure
+from adabatch_jax._types import PyTree
 from adabatch_jax.learning_rate._autowu import scale_by_autowu
-from adabatch_jax.learning_rate._peak import IMPROVED_PEAK, PeakLike
+from adabatch_jax.learning_rate._autowu_state import ScaleByAutowuState
+from adabatch_jax.learning_rate._peak import IMPROVED_PEAK, Peak, PeakLike
 from adabatch_jax.learning_rate._probe_direction import probe_direction
 
 _DEFAULTS: dict[str, Any] = dict(patience=2, smoother="quasisep", watch_divergence=True)
@@ -48,9 +51,10 @@ def scale_by_improved_autowu(
       total_examples: examples of the run, where the batch grows. Exactly one of the two.
       max_warmup_fraction: of the run, in (0, 1].
       num_tests: tests during the warm-up, at most; at least 2.
-      direction: what the schedule is chained behind, `optax.scale_by_adam()` for instance. It is tried
-        on one parameter, once. The factor is 1 if its steps are as long as the parameters (LAMB), 8 if
-        they shrink while it gathers squares (AdaGrad; at the "earliest" of the last test), else 4.
+      direction: what the schedule is chained behind, `optax.scale_by_adam()` for instance. `init` tries
+        it, on small arrays in the structure of the parameters. The factor is 1 if its steps are as long
+        as the parameters (LAMB), 8 if they shrink while it gathers squares (AdaGrad; at the "earliest" of
+        the last test), else 4.
       peak: a dict of those fields of `Peak` that are to differ from the above, or a `Peak` in its place.
       **autowu_options: passed to `scale_by_autowu`, whose defaults they replace.
 
@@ -60,8 +64,8 @@ def scale_by_improved_autowu(
 
     Raises:
       ValueError: an argument out of range, not exactly one of the totals, a run whose warm-up has fewer
-        than ten steps (with total_examples: if initial_batch_size= is given), or a direction that cannot
-        be tried or turns the gradient around.
+        than ten steps (with total_examples: if initial_batch_size= is given); in `init`, a direction that
+        cannot be tried or turns the gradient around.
 
     Example:
       >>> import jax.numpy as jnp
@@ -85,12 +89,30 @@ def scale_by_improved_autowu(
     _validate.between(where, 0.0, 1.0, closed=True, max_warmup_fraction=max_warmup_fraction)
     interval = max(1, int(max_warmup_fraction * int(total or 0) / num_tests))
     options: dict[str, Any] = {f"total_{unit}": total, f"{unit}_per_test": interval, **_DEFAULTS}
-    default = IMPROVED_PEAK
-    if direction is not None:
+
+    def with_peak(default: Peak) -> optax.GradientTransformationExtraArgs:
+        return scale_by_autowu(
+            max_warmup_fraction=max_warmup_fraction,
+            peak=default.changed(where, peak),
+            **(options | autowu_options),
+        )
+
+    schedule = with_peak(IMPROVED_PEAK)  # refuses bad options before there are parameters
+    if direction is None:
+        return schedule
+
+    @of_structure
+    def of_kind(params: PyTree) -> optax.GradientTransformationExtraArgs:
         remedy = "give peak={'factor': …} instead of direction="
-        default = probe_direction(direction, where, remedy).peak
-    return scale_by_autowu(
-        max_warmup_fraction=max_warmup_fraction,
-        peak=default.changed(where, peak),
-        **(options | autowu_options),
-    )
+        return with_peak(probe_direction(direction, where, remedy, params).peak)
+
+    def init(params: PyTree) -> ScaleByAutowuState:
+        state: ScaleByAutowuState = of_kind(params).init(params)
+        return state
+
+    def update(
+        updates: PyTree, state: ScaleByAutowuState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, ScaleByAutowuState]:
+        return of_kind(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -200,11 +200,19 @@ def test_noise_before_the_loss_has_begun_to_fall_is_no_minimum():
 
 
 def test_the_preset_goes_as_far_beyond_as_suits_the_direction(monkeypatch):
-    monkeypatch.setattr(_autowu_preset, "scale_by_autowu", lambda **options: options["peak"])
-    preset = functools.partial(adabatch.scale_by_improved_autowu, total_steps=100)
+    def peak_alone(**options):
+        return optax.GradientTransformation(lambda params: options["peak"], lambda *given: given)
+
+    def preset(**options):
+        params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+        return adabatch.scale_by_improved_autowu(total_steps=100, **options).init(params)
+
+    monkeypatch.setattr(_autowu_preset, "scale_by_autowu", peak_alone)
+    decay = optax.add_decayed_weights(0.1, mask={"kernel": True, "bias": False})
     lamb = optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio())
     plain = Peak(at="confirmed", factor=4.0, at_limit="minimum", ramp_fraction=0.5)
     assert preset() == preset(direction=optax.scale_by_adam()) == plain
+    assert preset(direction=optax.chain(optax.scale_by_adam(), decay)) == plain
     assert preset(direction=lamb) == replace(plain, factor=1.0)
     assert preset(direction=optax.scale_by_rss(0.0)) == replace(plain, at="earliest", factor=8.0)
     assert preset(direction=lamb, peak={"at": "minimum"}) == replace(
@@ -563,16 +571,24 @@ def test_bad_options_are_named(options, message):
         ({"total_steps": 100, "num_tests": 0}, "num_tests must be a positive integer, got 0"),
         ({"total_steps": 4}, "too short for one test"),
         ({"total_steps": 49}, "warm-up of 9 steps too short"),
-        (STEPS | {"direction": optax.adam(1e-3)}, "without sign and learning rate"),
-        (
-            STEPS | {"direction": optax.masked(optax.identity(), {})},
-            r"give peak={'factor': …} instead",
-        ),
     ],
 )
 def test_bad_options_of_the_preset_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         adabatch.scale_by_improved_autowu(**options)
+
+
+@pytest.mark.parametrize(
+    ("direction", "message"),
+    [
+        (optax.adam(1e-3), "without sign and learning rate"),
+        (optax.masked(optax.identity(), {}), "give peak={'factor': …} instead"),
+    ],
+)
+def test_a_bad_direction_of_the_preset_is_named_by_init(direction, message):
+    link = adabatch.scale_by_improved_autowu(total_steps=100, direction=direction)
+    with pytest.raises(ValueError, match=message):
+        link.init({"w": jnp.ones(2)})
 
 
 def test_what_update_needs_is_said():
