@@ -1,6 +1,6 @@
 """Three training scripts before and after the one line `grow_batch_size`, at equal examples.
 
-    PYTHONPATH=. python tests/experiments/adoptions.py       # about ten minutes on two CPU cores
+    PYTHONPATH=. python tests/experiments/adoptions.py       # about eight minutes on two CPU cores
 
 The scripts are in tests/dropin/scripts/: a residual network with batch normalisation under `pmap`
 (momentum), a small GPT (clipping, AdamW with a mask, tokens, an average of the parameters), a trainer

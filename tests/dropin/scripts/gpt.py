@@ -24,6 +24,7 @@ ROWS, MICRO_ROWS = 32, 8
 HANDED_IN = {"before": ROWS, "after": MICRO_ROWS}  # rows per call # changed
 EXAMPLES = 9_600  # rows
 PEAK, DECAY = 0.01, 0.98  # of the learning rate; of the average
+PACE = adabatch.learning_rate.scaled_average(DECAY)
 
 
 @functools.cache
@@ -91,7 +92,7 @@ def loss_fn(params: Any, rows: jax.Array, weights: jax.Array, key: Any = None) -
 
 @functools.cache
 def training(optimizer: Any, batch: int, calls: int) -> Callable[..., Any]:
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer, grown = optax.with_extra_args_support(optimizer), batch < ROWS
 
     @jax.jit
     def train(key: jax.Array) -> Any:
@@ -111,9 +112,14 @@ def training(optimizer: Any, batch: int, calls: int) -> Callable[..., Any]:
                 num_examples=tokens,  # changed
             )
             params = optax.apply_updates(params, updates)
-            stepped = adabatch.has_updated(opt_state) if batch < ROWS else jnp.bool_(True)
-            moved = optax.incremental_update(params, average, 1.0 - DECAY)
-            average = optax.tree.where(stepped, moved, average)  # changed
+            weight = 1.0 - DECAY
+            if grown:
+                size = adabatch.get_batch_size(carry[2])  # of the step that this call may complete
+                weight = 1.0 - PACE(size, tokens_in(ROWS))  # changed
+            stepped = adabatch.has_updated(opt_state) if grown else jnp.bool_(True)
+            average = optax.incremental_update(
+                params, average, jnp.where(stepped, weight, 0.0)
+            )  # changed
             return (params, average, opt_state), (loss, stepped)
 
         params = init(first)

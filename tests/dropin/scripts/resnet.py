@@ -22,7 +22,7 @@ from tests.dropin.scripts.data import digits, order_of
 BASE, MICRO = 64, 16
 HANDED_IN = {"before": BASE, "after": MICRO}  # examples per call # changed
 EXAMPLES = 9_600  # eight epochs
-PEAK, L2 = 0.1, 1e-4
+PEAK, L2 = 1.0, 1e-4
 
 
 def schedule(examples: int) -> optax.Schedule:
@@ -103,9 +103,8 @@ def train_step(state: TrainState, batch: Any, grown: bool) -> tuple[TrainState, 
     state = state.apply_gradients(grads=grads)
     batch_stats = jax.lax.pmean(batch_stats, "batch")
     if grown:
-        batch_stats = adabatch.unless_skipped(
-            state.opt_state, batch_stats, state.batch_stats
-        )  # changed
+        old = state.batch_stats
+        batch_stats = adabatch.unless_skipped(state.opt_state, batch_stats, old)  # changed
     state = state.replace(batch_stats=batch_stats)
     stepped = adabatch.has_updated(state.opt_state) if grown else jnp.bool_(True)
     return state, (jax.lax.pmean(loss, "batch"), stepped)
@@ -161,5 +160,6 @@ def run(
         "validation_loss": float(validation_loss),
         "steps": int(stepped.sum()),
         "train_losses": losses[0],
+        "batch_stats": state.batch_stats,
         "opt_state": state.opt_state,
     }
