@@ -122,6 +122,11 @@ def with_controller(criterion: Any, direction: optax.GradientTransformation) -> 
     return optax.chain(adabatch.adapt_batch_size(criterion, **SIZES), direction)
 
 
+def by_examples(learning_rate: Any, momentum: float) -> optax.GradientTransformation:
+    factory = adabatch.by_examples(optax.sgd, base_batch_size=16, scaling=adabatch.sqrt_scaling())
+    return factory(learning_rate, momentum)
+
+
 IMPROVED = adabatch.scale_by_improved_autowu(total_steps=50, smoother="rbf")
 AUTOWU_OPTIONS = {"num_tests": 40, "max_losses": 16, "smoother": "rbf"}
 TABLE = [
@@ -193,7 +198,7 @@ TABLE = [
     ),
     Row(
         "by_examples",
-        adabatch.by_examples(optax.sgd, base_batch_size=16, scaling=adabatch.sqrt_scaling()),
+        by_examples,
         (optax.linear_schedule(0.1, 0.0, 100),),
         {"momentum": 0.9},
         (),
@@ -286,7 +291,7 @@ TABLE = [
         narrow=0.05,  # Optax's trace again
         cheaper={"autowu_options": AUTOWU_OPTIONS | {"smoother": rbf_smoother(warmup_over=True)}},
         by_hand=1,
-        rtol=1e-3,
+        rtol=3e-3,
         variant=True,
     ),
     Row(

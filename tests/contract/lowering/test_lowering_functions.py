@@ -25,6 +25,8 @@ ON_THE_HOST = {
     "smoothed_losses",  # how much it returns depends on the state
     "recommend_estimator",  # plain numbers in, plain numbers out
     "trained_parameters",  # an optimizer in, bools out
+    "rbf_smoother",  # what they make is exported below
+    "quasisep_smoother",
 }
 
 

@@ -1,4 +1,4 @@
-"""The one line with parameters and state sharded over eight devices: as on one, and no worse than before."""
+"""The one line with parameters and state sharded over eight devices: as on one, and no worse."""
 
 from __future__ import annotations
 
