@@ -88,12 +88,15 @@ def grow_batch_size(
       >>> schedule = optax.cosine_decay_schedule(0.1, decay_steps=50)  # steps of 64 examples
       >>> optimizer = grow_batch_size(optax.adamw, learning_rate=schedule,
       ...                             base_batch_size=64, max_batch_size=1024, micro_batch_size=16)
+      >>> @jax.jit
+      ... def step(params, state, key):
+      ...     grads = params - 1.0 + jax.random.normal(key, (2,))
+      ...     updates, state = optimizer.update(grads, state, params)
+      ...     return optax.apply_updates(params, updates), state
       >>> params = jnp.zeros(2)
       >>> state = optimizer.init(params)
       >>> for key in jax.random.split(jax.random.key(0), 200):  # 3,200 examples
-      ...     grads = params - 1.0 + jax.random.normal(key, (2,))
-      ...     updates, state = optimizer.update(grads, state, params)
-      ...     params = optax.apply_updates(params, updates)
+      ...     params, state = step(params, state, key)
       >>> shown = adabatch.metrics(state)
       >>> shown["num_examples"] <= 3200, bool(shown["optimizer_steps"] < 50)
       (True, True)

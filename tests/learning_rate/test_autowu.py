@@ -221,7 +221,7 @@ def test_the_preset_goes_as_far_beyond_as_suits_the_direction(monkeypatch):
     assert preset(direction=lamb, peak=Peak()) == Peak()
 
 
-@pytest.mark.parametrize("cooldown", [None, 0.2])
+@pytest.mark.parametrize("cooldown", [None, *slow(0.2)])
 def test_after_the_warm_up_the_rate_may_rise_once_more(cooldown):
     common = dict(patience=2, cooldown_fraction=cooldown)
     _, plain = run(schedule(**common), BOWL)
@@ -457,9 +457,10 @@ def test_the_state_goes_on_after_a_trip_through_numpy():
     chex.assert_trees_all_equal(straight, stopped)
 
 
-def test_nothing_that_is_reported_is_nan():
+@pytest.mark.parametrize("smoother", ["as they are", *slow("quasisep")])
+def test_nothing_that_is_reported_is_nan(smoother):
     """From the first step to the last, on the host, where `jax_debug_nans` looks at every number."""
-    link = schedule(smoother="quasisep", watch_divergence=True)
+    link = schedule(smoother=smoother, watch_divergence=True)
     step = jax.jit(lambda s, v: link.update({}, s, value=v)[1])
     state = link.init({})
     with jax.debug_nans(True):

@@ -193,7 +193,7 @@ def test_numbers_may_be_injected(recipe):
         ({"initial_batch_size": 0}, "initial_batch_size must"),
         ({"max_batch_size": 32}, "initial_batch_size ≤ max_batch_size"),
         ({"criterion": None}, "criterion must"),
-        ({"scaling": "sqrt"}, "rule must be callable"),
+        ({"scaling": "sqrt"}, "scaling must be callable"),
         ({"growth_limit": 0.5}, "growth_limit must"),
         ({"initial_accumulator_value": -1.0}, "initial_accumulator_value must"),
         ({"eps": -1.0}, "eps must"),

@@ -1,4 +1,4 @@
-"""The one line with parameters and state sharded over eight devices: as on one, and no worse."""
+"""The one line with parameters and state sharded over eight devices: as on one device, and no worse."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from tests.devices.eight.problem import (
 )
 
 CALL, WIDE = 2 * LANES, 64  # examples of a call, hidden units
-BASE, EXAMPLES = 2 * CALL, LOOPS * LANES * GROUP
+BASE, EXAMPLES = 2 * CALL, 2 * LOOPS * LANES * GROUP
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.001, 0.02, 12, EXAMPLES // BASE, 0.0002)
 GROWN = dict(base_batch_size=BASE, max_batch_size=16 * BASE, micro_batch_size=CALL)
 
 
 def calls_of(size):
     """All examples, a row a call: x [calls, size, 5] and y, whose second axis is spread."""
-    return tuple(x.reshape(EXAMPLES // size, size, -1) for x in groups_of(0))
+    parts = zip(groups_of(0), groups_of(1), strict=True)
+    return tuple(np.concatenate(part).reshape(EXAMPLES // size, size, -1) for part in parts)
 
 
 def training(link, mesh):
@@ -75,7 +76,7 @@ def test_grown_under_fsdp():
     for name, expected in alone.items():
         np.testing.assert_allclose(params[name], expected, rtol=1e-3, atol=1e-4)
 
-    held_out = [x.reshape(-1, x.shape[-1]) for x in groups_of(1)]
+    held_out = [x.reshape(-1, x.shape[-1]) for x in groups_of(2)]
     loss_before, loss = (float(loss_fn(jax.device_get(p), held_out)) for p in (before, params))
     steps = int(state.gradient_step)
     print(f"before {loss_before:.4f}, after {loss:.4f}, {steps} of {EXAMPLES // BASE} steps")
