@@ -23,10 +23,13 @@ Expected, one turn of `--width 64` on two cores that others kept busy (the proce
 
 | | first compile, s (processor) | state / parameters | over bare |
 |---|---|---|---|
-| bare gradient | 11.5 (2.5) | 0.00 | 1.00 |
-| optax.MultiSteps | 25.2 (6.6) | 3.00 | 1.58 |
-| adaptive_multi_steps | 39.6 (8.5) | 3.00 | 1.63 |
-| automatic | 63.1 (25.1) | 6.07 | 1.53 |
+| bare gradient | 6.5 (2.5) | 0.00 | 1.00 |
+| optax.adam | 13.0 (5.3) | 2.00 | 0.87 |
+| track_noise_scale | 23.4 (7.5) | 3.00 | 1.00 |
+| optax.MultiSteps | 25.4 (8.2) | 3.00 | 0.85 |
+| adaptive_multi_steps | 40.0 (9.4) | 3.00 | 0.84 |
+| grow_batch_size | 39.3 (12.3) | 3.00 | 0.87 |
+| automatic | 68.6 (25.3) | 6.07 | 0.79 |
 """
 
 from __future__ import annotations
