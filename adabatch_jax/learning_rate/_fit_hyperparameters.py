@@ -34,8 +34,7 @@ def descend(
 
     def step(_: Any, carry: tuple[Parameters, Any]) -> tuple[Parameters, Any]:
         here, adam = carry
-        # Forward: for so few parameters a smaller program, and as fast.
-        updates, adam = optimizer.update(jax.jacfwd(loss)(here), adam)
+        updates, adam = optimizer.update(jax.grad(loss)(here), adam)
         return project(optax.apply_updates(here, updates)), adam  # type: ignore[arg-type]
 
     start = (parameters, jax.tree.unflatten(form, moments))

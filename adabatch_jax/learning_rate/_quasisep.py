@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tinygp import kernels, noise
+from tinygp import GaussianProcess, kernels, noise
 
 from adabatch_jax.learning_rate._fit_hyperparameters import Moments, Parameters, descend, no_moments
 from adabatch_jax.learning_rate._posterior_test import (
@@ -130,15 +130,18 @@ def _fit(
     x, y = jnp.where(here, x[index], 1.0), y[index]
     n = jnp.maximum(jnp.sum(here.astype(jnp.float32)), 1.0)
     centred = jnp.where(here, y - jnp.sum(jnp.where(here, y, 0.0)) / n, 0.0)
+    missing = (x.shape[0] - n) * jnp.log(jnp.float32(_INFINITE))
 
     def loss(parameters: Parameters) -> jax.Array:
         """The process for y / √variance, whose numbers are of order one, and the Jacobian."""
         log_variance, log_noise, log_length_scale = parameters
-        relative_noise = _relative_noise(log_variance, log_noise)
-        surprise = _surprise(
-            x, centred / jnp.exp(0.5 * log_variance), here, relative_noise, log_length_scale
-        )
-        return (0.5 * (surprise + n * log_variance) / n).astype(jnp.float32)
+        kernel = kernels.quasisep.Matern52(scale=jnp.exp(log_length_scale))
+        diagonal = jnp.where(here, _relative_noise(log_variance, log_noise), _INFINITE)
+        process = GaussianProcess(kernel, x, diag=diagonal, assume_sorted=True)
+        alpha = process.solver.solve_triangular(centred / jnp.exp(0.5 * log_variance))
+        volume = 2.0 * process.solver.normalization() - x.shape[0] * np.log(2.0 * np.pi) - missing
+        value = 0.5 * (jnp.sum(jnp.square(alpha)) + volume + n * log_variance) / n
+        return value.astype(jnp.float32)
 
     shortest, longest = (jnp.float32(bound) for bound in _LENGTH_SCALES)
     shortest = jnp.clip(shortest / jnp.square(jnp.float32(progress)), shortest, longest)
@@ -163,49 +166,6 @@ def _fit(
     good = jnp.isfinite(jnp.stack(after[0])).all()  # if not, the old values serve on
     fitted, moments = optax.tree.where(good, after, before)
     return QuasisepFit(fitted, state.fits + 1, moments)
-
-
-def _surprise(
-    x: jax.Array, y: jax.Array, here: jax.Array, noise: jax.Array, log_length_scale: jax.Array
-) -> jax.Array:
-    """yᵀ K⁻¹ y + log det K, K = Matérn-5/2 + noise, as the errors of one-step predictions tell it.
-
-    A Kalman filter on the value, slope and curvature of the curve, in units in which all are of order one.
-    It is what tinygp's solver computes; but this way only one loop has to be compiled, not four, and its
-    derivative by three parameters goes along in the same loop.
-
-    Source: Hartikainen & Särkkä (2010), Kalman filtering and smoothing solutions to temporal Gaussian
-    process regression models, section 3.
-    """
-    prior = jnp.array([[1, 0, -1 / 3], [0, 1 / 3, 0], [-1 / 3, 0, 1]], jnp.float32)
-    lags = np.sqrt(5.0).astype(np.float32) / jnp.exp(log_length_scale) * jnp.diff(x, prepend=x[:1])
-
-    def product(a: jax.Array, b: jax.Array) -> jax.Array:  # elementwise, which compiles to one loop
-        return jnp.sum(a[:, :, None] * b[None], axis=1)
-
-    def step(
-        before: tuple[jax.Array, jax.Array, jax.Array], given: tuple[jax.Array, ...]
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-        mean, covariance, total = before
-        t, value, there = given
-        h = 0.5 * t * t
-        flow = jnp.exp(-t) * jnp.stack(
-            [
-                jnp.stack([1 + t + h, t + 2 * h, h]),
-                jnp.stack([-h, 1 + t - 2 * h, t - h]),
-                jnp.stack([h - t, 2 * h - 3 * t, 1 - 2 * t + h]),
-            ]
-        )
-        mean = jnp.sum(flow * mean[None], axis=1)
-        covariance = prior + product(product(flow, covariance - prior), flow.T)
-        error, expected = value - mean[0], covariance[0, 0] + noise
-        gain = jnp.where(there, covariance[:, 0] / expected, 0.0)
-        covariance -= gain[:, None] * covariance[None, 0]
-        total += jnp.where(there, error * error / expected + jnp.log(expected), 0.0)
-        return (mean + gain * error, covariance, total), None
-
-    start = (jnp.zeros(3, jnp.float32), prior, jnp.zeros((), jnp.float32))
-    return jax.lax.scan(step, start, (lags, y, here))[0][2]
 
 
 # One by one under `vmap`, whose rules know nothing of the dtypes that are in force here.
