@@ -92,9 +92,9 @@ def automatic(
     Its price, with Adam inside `adaptive_multi_steps` (`tests/benchmarks/adoption_cost.py`): the state
     holds six times the numbers of the parameters. Adam's moments are two, the gathered gradient is one,
     and the snapshot of `return_to_minimum` the other three, parameters and moments; without it
-    `optax.MultiSteps` has three. The first call takes four times the processor's time to compile, 25 s
-    against 6.6 s for 28 arrays on a busy CPU: 5 s are the Gaussian process, which `warmup_over` leaves out,
-    and 20 to 30 ms for each array are the trial of the direction. Later calls take no longer.
+    `optax.MultiSteps` has three. The first call takes four times the processor's time to compile, 28 s
+    against 6.7 s for 28 arrays: 7 s are the Gaussian process, which `warmup_over` leaves out, and 20 to
+    30 ms for each array are the trial of the direction. Later calls take no longer.
 
     `direction` says where to go, without sign or rate: `optax.scale_by_adam()`, `optax.trace(0.9)`, and
     **not** `optax.adam(1e-3)` or `optax.sgd(...)`, which have both already and would turn the step

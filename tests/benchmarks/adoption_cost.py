@@ -19,17 +19,17 @@ of the wall clock and of the processor. State: bytes of the optimizer's state ov
 A call: milliseconds, and the ratio to the bare gradient of the same turn. Medians over the turns.
 Three to fifteen minutes on two cores.
 
-Expected, one turn of `--width 64` on two cores that others kept busy (the processor's seconds say more):
+Expected, one turn of `--width 64 --calls 200` on two cores. Calls differ by less than the machine drifts:
 
 | | first compile, s (processor) | state / parameters | over bare |
 |---|---|---|---|
-| bare gradient | 6.5 (2.5) | 0.00 | 1.00 |
-| optax.adam | 13.0 (5.3) | 2.00 | 0.87 |
-| track_noise_scale | 23.4 (7.5) | 3.00 | 1.00 |
-| optax.MultiSteps | 25.4 (8.2) | 3.00 | 0.85 |
-| adaptive_multi_steps | 40.0 (9.4) | 3.00 | 0.84 |
-| grow_batch_size | 39.3 (12.3) | 3.00 | 0.87 |
-| automatic | 68.6 (25.3) | 6.07 | 0.79 |
+| bare gradient | 1.9 (3.0) | 0.00 | 1.00 |
+| optax.adam | 3.1 (4.7) | 2.00 | 0.90 |
+| track_noise_scale | 4.8 (7.1) | 3.00 | 0.80 |
+| optax.MultiSteps | 4.4 (6.7) | 3.00 | 0.81 |
+| adaptive_multi_steps | 6.0 (8.6) | 3.00 | 0.79 |
+| grow_batch_size | 7.6 (10.3) | 3.00 | 0.76 |
+| automatic | 19.4 (27.7) | 6.07 | 0.81 |
 """
 
 from __future__ import annotations
