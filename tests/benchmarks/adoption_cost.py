@@ -16,7 +16,7 @@ of 64 bytes, Adam, float32; all in one process, in turns:
 
 First compile: `init`, tracing, lowering and compilation of the first call, with empty caches, in seconds
 of the wall clock and of the processor. State: bytes of the optimizer's state over those of the parameters.
-A call: milliseconds, and the ratio to the bare gradient of the same turn. Medians over the turns.
+A call: milliseconds, and the ratio to the bare gradient, of a few calls each by turns. Medians.
 Three to fifteen minutes on two cores.
 
 Expected, one turn of `--width 64 --calls 200` on two cores. Calls differ by less than the machine drifts:
@@ -52,6 +52,7 @@ from adabatch_jax.training.models import Transformer
 
 PyTree = Any
 MICRO, GROUPS, LENGTH = 16, 8, 64
+FEW = 16  # calls in a row, of which one or two complete a batch
 
 
 def of_ours(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -151,18 +152,23 @@ def measure(net: Transformer, turns: int, calls: int) -> dict[str, dict[str, flo
         for name, make in ROWS.items():
             jax.clear_caches()
             loops[name] = Loop(make, net)
-        bare = 0.0
-        for name, loop in loops.items():
+        for loop in loops.values():
             loop.milliseconds(2)
-            taken = loop.milliseconds(calls)
-            bare = bare or taken
+        # A few calls of each by turns: a machine that drifts is then the same for all.
+        rounds = [
+            {name: loop.milliseconds(FEW) for name, loop in loops.items()}
+            for _ in range(max(1, calls // FEW))
+        ]
+        for name, loop in loops.items():
+            taken = statistics.median(row[name] for row in rounds)
+            ratios = [row[name] / row["bare gradient"] for row in rounds]
             seen[name].append(
                 {
                     "compile_seconds": loop.compile_seconds,
                     "compile_processor_seconds": loop.compile_processor_seconds,
                     "state_ratio": loop.state_ratio,
                     "milliseconds": taken,
-                    "time_ratio": taken / bare,
+                    "time_ratio": statistics.median(ratios),
                 }
             )
     return {
@@ -174,7 +180,7 @@ def measure(net: Transformer, turns: int, calls: int) -> dict[str, dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--calls", type=int, default=64)
+    parser.add_argument("--calls", type=int, default=320)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/adoption_cost.json"))
     options = parser.parse_args()
