@@ -17,9 +17,9 @@ of 64 bytes, Adam, float32; all in one process, in turns:
 First compile: `init`, tracing, lowering and compilation of the first call, with empty caches, in seconds
 of the wall clock and of the processor. State: bytes of the optimizer's state over those of the parameters.
 A call: milliseconds, and the ratio to the bare gradient, of a few calls each by turns. Medians.
-Three to fifteen minutes on two cores.
+Five minutes on two cores.
 
-Expected, one turn of `--width 64` on two cores, with other work beside it (the processor's seconds say more):
+Expected, one turn of `--width 64` on two cores, beside other work (the processor's seconds say more):
 
 | | first compile, s (processor) | state / parameters | over bare |
 |---|---|---|---|
