@@ -330,3 +330,12 @@ assert all(hasattr(adabatch_jax, name) for name in adabatch_jax.__all__)
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_importing_everything_does_not_start_the_backend():
+    """Whoever calls `jax.distributed.initialize` imports us before."""
+    rooms = [f"adabatch_jax.{room}" for room in ("training", "cli")]
+    frameworks = [f"adabatch_jax.integrations.{name}" for name in ("flax", "nnx", "equinox")]
+    code = f"import {', '.join(rooms + frameworks)}; from jax._src import xla_bridge as bridge; "
+    code += "raise SystemExit(bridge.backends_are_initialized())"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -12,8 +13,16 @@ from adabatch_jax._protocols import may_count_steps
 from adabatch_jax._types import PyTree
 from adabatch_jax._validate import is_traced
 
-# Optax does not export the type of a plain schedule's state under `inject_hyperparams`.
-_COUNTING = (optax.ScaleByScheduleState, type(optax.schedules.WrappedSchedule(lambda n: n).init()))
+
+@functools.cache
+def _counting() -> tuple[type, ...]:
+    """The states of Optax's schedules, of which it does not export the one under `inject_hyperparams`.
+
+    Found when it is needed: an array that is made while this is imported would start JAX's backend, which
+    `jax.distributed.initialize` then refuses.
+    """
+    injected = optax.schedules.WrappedSchedule(lambda count: count)
+    return optax.ScaleByScheduleState, type(injected.init())
 
 
 def warn_of_step_schedules(where: str, opt_state: PyTree) -> None:
@@ -24,7 +33,7 @@ def warn_of_step_schedules(where: str, opt_state: PyTree) -> None:
     """
 
     def known(x: Any) -> bool:
-        return isinstance(x, _COUNTING) or may_count_steps(x)
+        return isinstance(x, _counting()) or may_count_steps(x)
 
     nodes = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=known)
     places = [jax.tree_util.keystr(path) for path, x in nodes if known(x) and _counts(x)]
