@@ -202,11 +202,14 @@ def adapt_batch_size(
         due = state.updates_until_test == 0
         at_maximum = sizes.full(state.next_batch_size)
 
-        def look(noise: GradientNoise, read: Any, before: Decision) -> Decision:
-            noise = let_through(noise, updates, criterion)
-            return decide(rules, sizes, trained, noise, read, before)
+        square = noise.squared_norm
 
-        def skip(_: GradientNoise, __: Any, before: Decision) -> Decision:
+        def look(noise: GradientNoise, read: Any, before: Decision, square: jax.Array) -> Decision:
+            seen = let_through(noise, updates, criterion)
+            known = square if seen is noise else None
+            return decide(rules, sizes, trained, seen, read, before, known)
+
+        def skip(_: GradientNoise, __: Any, before: Decision, ___: jax.Array) -> Decision:
             status = jnp.where(due, BatchSizeStatus.HELD, BatchSizeStatus.NOT_TESTED)
             status = jnp.where(at_maximum, BatchSizeStatus.AT_MAXIMUM, status)
             last = before.last_size_test._replace(test_status=status.astype(jnp.int32))
@@ -219,14 +222,15 @@ def adapt_batch_size(
         # Without `emit` the batch is not complete, and adaptive_multi_steps drops what we return.
         complete = jnp.asarray(emit).astype(bool)
         before = Decision(*(getattr(state, name) for name in Decision._fields))
-        tested = jax.lax.cond(due & complete & ~hold & ~at_maximum, look, skip, noise, read, before)
+        wanted = due & complete & ~hold & ~at_maximum
+        tested = jax.lax.cond(wanted, look, skip, noise, read, before, square)
         # A state that was restored beside other calls may hold a size that these do not add up to.
         tested = tested._replace(next_batch_size=sizes.rounded(tested.next_batch_size))
-        square = noise.squared_norm  # NaN, which no metric is, counts as +inf
         until = jnp.where(due, test_interval, state.updates_until_test) - 1
         return updates, state._replace(
             last_batch_size=jnp.asarray(noise.num_examples).astype(jnp.int32),
             examples_clock=clock,
+            # No metric is NaN: such a length counts as +inf.
             last_gradient_norm=jnp.where(square >= 0, jnp.sqrt(square), jnp.inf),
             updates_seen=optax.safe_increment(state.updates_seen),
             updates_until_test=until.astype(jnp.int32),

@@ -61,6 +61,7 @@ def decide(
     noise: GradientNoise,
     read: dict[str, jax.Array],
     before: Decision,
+    square: jax.Array | None = None,
 ) -> Decision:
     """The test: what follows from the noise of one gradient.
 
@@ -71,6 +72,8 @@ def decide(
       noise: of the gradient.
       read: what the criterion reads besides.
       before: the fields of the state that a test changes.
+      square: ‖ḡ‖² of that noise, where the caller has it: XLA does not see that it is the same, and over
+        shards of the gradient it is a sum over devices.
 
     Returns:
       The same after the test.
@@ -79,7 +82,8 @@ def decide(
       ValueError: the criterion gives no scalar.
     """
     criterion, (size, memory, last) = rules.criterion, before
-    evidence, square = criterion.evidence(noise, **read), noise.squared_norm
+    evidence = criterion.evidence(noise, **read)
+    square = noise.squared_norm if square is None else square
     examples = jnp.maximum(jnp.asarray(noise.num_examples).astype(jnp.float32), 1.0)
     left = jnp.float32(1.0)
     if sizes.population is not None:
