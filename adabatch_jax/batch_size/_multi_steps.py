@@ -123,6 +123,9 @@ def adaptive_multi_steps(
     then grow while `num_examples` stands still. Only a `return_to_minimum` inside is told, once that
     would have filled a batch, and goes back to its snapshot.
 
+    `init` warns of a schedule inside that counts optimizer steps, of Optax or AutoWU: of a batch that grows
+    there are fewer, and it would not come to its end. `by_examples` is the remedy.
+
     Frozen parameters do not count in noise, test and noise scale. They are found in the program of
     `optimizer.update`: their update is zero whatever the gradient is (`optax.set_to_zero` within
     `partition`, `masked`, `freeze`; see `trained_parameters`). A NaN in the gradient of such a parameter

@@ -13,7 +13,7 @@ import optax
 from jax.extend.core import Literal
 
 from adabatch_jax._clock import advance, as_float, zero_clock
-from adabatch_jax._tree import cast_like
+from adabatch_jax._tree import cast_like, of_structure
 from adabatch_jax._types import ArrayLike, PyTree, ScalingRule, Schedule
 from adabatch_jax.learning_rate._examples import batch_sizes, examples_behind
 
@@ -117,6 +117,13 @@ class Hyperparameters:
         """The optimizer at these values of what is scheduled."""
         return self.factory(*self.more_args, **{**self.rest, **scheduled})
 
+    def optimizer_at_first(self, learning_rate: float) -> optax.GradientTransformation:
+        """The optimizer at this rate, and at what everything else begins with: to try it, while tracing."""
+        with jax.ensure_compile_time_eval():
+            first = {name: x(jnp.float32(0.0)) for name, x in self.schedules.items()}
+            first |= {name: x(x.init()) for name, x in self.stateful.items()}
+        return self.optimizer(**{**first, RATE: learning_rate})
+
 
 def as_schedule(function: Callable[..., Any]) -> Schedule | None:
     """The function of a number of steps, float32 → number; None if `function` is nothing of the kind."""
@@ -142,6 +149,7 @@ def scheduled_by_examples(
     """
     rate = hyperparameters.learning_rate
 
+    @of_structure  # what is traced in there is traced once, and not by `init` and every `update`
     def built(like: PyTree) -> optax.GradientTransformationExtraArgs:
         schedules, scaling = dict(hyperparameters.schedules), scaling_for(like)
         if scaling is not None:
@@ -152,7 +160,8 @@ def scheduled_by_examples(
         if RATE in schedules:
             # An array of a wider dtype than the parameters would widen the update. A decay near 1, on the
             # other hand, would not survive a narrow one.
-            dtype = jnp.finfo(jnp.result_type(*(jax.tree.leaves(like) or [jnp.float32]))).dtype
+            dtypes = [x.dtype for x in jax.tree.leaves(like)]
+            dtype = jnp.finfo(jnp.result_type(*(dtypes or [jnp.float32]))).dtype
             stateful[RATE] = replace(stateful[RATE], scaling=scaling, dtype=dtype)
 
         injected = _injected(hyperparameters, tuple(stateful), like)

@@ -116,7 +116,7 @@ def grow_batch_size(
         initial_batch_size=base_batch_size,
         max_batch_size=max_batch_size,
         ema_decay=0.9,
-        debias=True,
+        debias=isinstance(test, Criterion),  # a plain function has nothing to take noise out of
         growth_limit=1.1,
     )
 
@@ -124,7 +124,7 @@ def grow_batch_size(
     def scaling_for(params: PyTree) -> ScalingRule:
         if scaling is not None:
             return scaling
-        direction = optax.chain(given.optimizer(learning_rate=1.0), optax.scale(-1.0))
+        direction = optax.chain(given.optimizer_at_first(1.0), optax.scale(-1.0))
         return probe_direction(direction, _WHERE, _REMEDY, params).scaling
 
     optimizer = scheduled_by_examples(given, base_batch_size, scaling_for)

@@ -8,6 +8,7 @@ import pytest
 
 import adabatch_jax as adabatch
 from adabatch_jax import grow_batch_size
+from adabatch_jax.learning_rate import follow_batch_size, scaled_weight_decay
 from tests.marks import slow
 
 BASE, MICRO, LARGEST = 32, 8, 256
@@ -104,6 +105,22 @@ def test_what_is_given_takes_the_place_of_what_is_found():
     state, shown = run(optimizer, calls=40)
     assert state.gathered_noise.coordinate_scatter is not None
     np.testing.assert_array_equal(shown["learning_rate"], 0.5)
+
+
+def test_a_function_as_criterion_and_a_second_schedule_that_the_factory_needs():
+    def factory(learning_rate, weight_decay):
+        return optax.adamw(learning_rate, weight_decay=weight_decay)
+
+    decay = follow_batch_size(scaled_weight_decay(0.1), base_batch_size=BASE)
+    optimizer = grow_batch_size(
+        factory,
+        learning_rate=SCHEDULE,
+        weight_decay=decay,
+        criterion=lambda noise: 2.0 * noise.num_examples,
+        **SIZES,
+    )
+    _, shown = run(optimizer, calls=40)
+    np.testing.assert_array_equal(shown["batch_size"][:3], [32, 40, 48])  # a tenth, in whole calls
 
 
 def test_calls_that_tell_their_size():
